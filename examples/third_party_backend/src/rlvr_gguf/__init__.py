@@ -1,0 +1,1 @@
+"""An rlvr backend for GGUF files."""

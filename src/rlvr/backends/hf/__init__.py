@@ -1,0 +1,1 @@
+"""The backend `hf`: transformers and PEFT."""

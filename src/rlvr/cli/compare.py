@@ -1,0 +1,90 @@
+"""`rlvr compare ENV --backends hf,unsloth`: the same run on several backends."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rlvr.comparison import Comparison
+
+_OWN = {  # options of a run that a comparison sets for each backend
+    *("backend", "model", "max_steps", "num_epochs", "output_dir", "run_name", "resume_from_checkpoint"),
+    *("logging_steps", "push_to_hub", "hub_model_id"),
+}
+
+
+def register(app: typer.Typer) -> None:
+    from rlvr.cli.options import EnvironmentCommand, settings_fields, settings_parameters, with_parameters
+
+    names = [definition.name for definition in settings_fields() if definition.name not in _OWN]
+    app.command("compare", cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
+        with_parameters(compare, settings_parameters(names))
+    )
+
+
+def compare(
+    ctx: typer.Context,
+    env: Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")],
+    backends: Annotated[str, typer.Option("--backends", help="names with commas between; the first is the yardstick")],
+    model: Annotated[str, typer.Option("--model", "-m", help="model id on the Hub, or a local folder")],
+    steps: Annotated[int, typer.Option("--steps", help="optimizer steps of each run")] = 10,
+    as_is: Annotated[
+        bool, typer.Option("--as-is", help="leave each backend its own defaults; otherwise alpha is not multiplied")
+    ] = False,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", help="by default outputs/compare-<environment>-<time>")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
+    **options: Any,
+) -> None:
+    """Train with several backends, each in its own process, and compare rewards, time, memory and the first step."""
+    import json
+
+    from rlvr.cli.options import environment_arguments, given
+    from rlvr.comparison import compare as run_comparison
+    from rlvr.comparison.plot import INSTALL, can_plot, plot
+
+    env_options = environment_arguments(env, ctx.args)
+    folder = output_dir or Path("outputs") / f"compare-{env.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    comparison = run_comparison(
+        env,
+        model,
+        [name.strip() for name in backends.split(",") if name.strip()],
+        steps=steps,
+        output_dir=folder,
+        as_is=as_is,
+        on_start=None if as_json else lambda name: print(f"training with {name} ...", flush=True),
+        **({"env_options": env_options} if env_options else {}),
+        **given(options),
+    )
+    picture = folder / "comparison.png"
+    if can_plot():
+        plot(comparison, picture)
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=2))
+        return
+    print_comparison(comparison)
+    print(f"Everything is in {folder}" + ("" if can_plot() else f"; for a plot: {INSTALL}"))
+
+
+def print_comparison(comparison: Comparison) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("")
+    for run in comparison.runs:
+        table.add_column(run.backend, justify="right", overflow="fold")
+    for name, cells in comparison.rows():
+        table.add_row(name, *cells)
+    console = Console(markup=False)
+    console.print(table)
+    console.print(
+        "Each backend has its own defaults (--as-is)."
+        if comparison.as_is
+        else "lora alpha is applied as asked by every backend; --as-is leaves each its own multiplier."
+    )

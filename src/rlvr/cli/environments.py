@@ -1,0 +1,76 @@
+"""`rlvr environments`: what is installed, and the options of one."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    app.command("environments")(environments)
+
+
+def environments(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="list the options of this one")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print a list of objects instead of a table")] = False,
+) -> None:
+    """List the installed environments, or the options of one."""
+    from rlvr.cli.listings import print_listing
+    from rlvr.plugins.manager import environment_options, list_environments
+
+    if name is None:
+        print_listing(list_environments(), as_json=as_json)
+        return
+    rows = option_rows(environment_options(name))
+    if as_json:
+        import json
+
+        print(json.dumps(rows, indent=2, default=str))
+    else:
+        print_options(name, rows)
+
+
+def option_rows(parameters: Mapping[str, inspect.Parameter]) -> list[dict[str, Any]]:
+    """An object for each option: `option, type, default, required`."""
+    from rlvr.cli.options import environment_flag, flag_of, value_type
+
+    rows = []
+    for name, parameter in parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            rows.append({"option": "--…", "type": "any option", "default": None, "required": False})
+            continue
+        kind = value_type(parameter)
+        required = parameter.default is inspect.Parameter.empty
+        rows.append(
+            {
+                "option": f"{flag_of(name)}/{flag_of('no_' + name)}" if kind is bool else environment_flag(name),
+                "type": _type_words(kind),
+                "default": None if required else parameter.default,
+                "required": required,
+            }
+        )
+    return rows
+
+
+def print_options(name: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for column in ("option", "type", "default"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        default = "required" if row["required"] else "" if row["default"] is None else str(row["default"])
+        table.add_row(row["option"], row["type"], default)
+    console = Console(markup=False)
+    console.print(f"Options of environment {name}:")
+    console.print(table)
+
+
+def _type_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    return getattr(kind, "__name__", str(kind))

@@ -1,0 +1,204 @@
+"""One training run on several backends, each in a process of its own: is it the same training, and what does it cost?
+
+`rlvr compare` is this. Seeds, data and options are the same; what backends change of their own accord is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rlvr.errors import BackendError, ConfigError
+
+_LAST_LINES = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackendRun:
+    """What one backend did. Lists have an entry for each step; times in seconds."""
+
+    backend: str
+    folder: str
+    lora: dict[str, Any] | None  # as applied
+    changed_arguments: dict[str, Any]
+    rewards: list[float]
+    step_seconds: list[float]
+    rollout_seconds: list[float]
+    scoring_seconds: list[float]
+    tokens: int  # prompts and completions of all steps
+    peak_bytes: int | None  # of GPU memory, or of the process where there is no GPU
+    first_loss: float
+    first_grad_norm: float
+    first_completions: list[str]
+    probe_ids: list[list[int]]  # the first training prompts, and
+    probe_logprobs: list[list[float]]  # the starting policy's log-probabilities of their tokens, in nats
+
+    def steady(self, seconds: Sequence[float]) -> float:
+        """Median over the steps after the first, in which caches fill and kernels compile."""
+        return median(seconds[1:] or seconds)
+
+    @property
+    def update_seconds(self) -> list[float]:
+        parts = zip(self.step_seconds, self.rollout_seconds, self.scoring_seconds, strict=True)
+        return [step - rollout - scoring for step, rollout, scoring in parts]
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / sum(self.step_seconds)
+
+    def probe_difference(self, other: BackendRun) -> float | None:
+        """Largest difference between the two starting policies, in nats a token; None if they read other tokens."""
+        if self.probe_ids != other.probe_ids:
+            return None
+        pairs = zip(self.probe_logprobs, other.probe_logprobs, strict=True)
+        return max(abs(x - y) for mine, theirs in pairs for x, y in zip(mine, theirs, strict=True))
+
+    def same_first_completions(self, other: BackendRun) -> int:
+        """How many completions of the first step are the same text, one by one."""
+        return sum(x == y for x, y in zip(self.first_completions, other.first_completions, strict=False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """The runs, in the order asked for. The first is what the others are compared with."""
+
+    env: str
+    model: str
+    as_is: bool
+    runs: tuple[BackendRun, ...]
+
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """A table: what was measured → a text for each run."""
+        first = self.runs[0]
+
+        def cells(text: Callable[[BackendRun], str]) -> list[str]:
+            return [text(run) for run in self.runs]
+
+        return [
+            ("reward, first → last step", cells(lambda run: f"{run.rewards[0]:.3f} → {run.rewards[-1]:.3f}")),
+            ("step, s", cells(lambda run: f"{run.steady(run.step_seconds):.3f}")),
+            ("  rollout, s", cells(lambda run: f"{run.steady(run.rollout_seconds):.3f}")),
+            ("  scoring, s", cells(lambda run: f"{run.steady(run.scoring_seconds):.3f}")),
+            ("  update, s", cells(lambda run: f"{run.steady(run.update_seconds):.3f}")),
+            ("tokens a second", cells(lambda run: f"{run.tokens_per_second:,.0f}")),
+            ("peak memory, MiB", cells(lambda run: f"{run.peak_bytes / 2**20:,.0f}" if run.peak_bytes else "?")),
+            ("loss at step 1", cells(lambda run: f"{run.first_loss:.6f}")),
+            ("gradient norm at step 1", cells(lambda run: f"{run.first_grad_norm:.6f}")),
+            ("start differs by, nats a token", cells(lambda run: _difference_text(run.probe_difference(first)))),
+            (
+                "same completions at step 1",
+                cells(lambda run: f"{run.same_first_completions(first)} of {len(run.first_completions)}"),
+            ),
+            ("lora alpha / r", cells(lambda run: f"{run.lora['alpha']} / {run.lora['r']}" if run.lora else "no LoRA")),
+            ("changed arguments", cells(lambda run: _changes_text(run.changed_arguments))),
+        ]
+
+    def as_json(self) -> dict[str, Any]:
+        first = self.runs[0]
+        return {
+            "env": self.env,
+            "model": self.model,
+            "as_is": self.as_is,
+            "backends": {
+                run.backend: {
+                    **asdict(run),
+                    "update_seconds": run.update_seconds,
+                    "tokens_per_second": run.tokens_per_second,
+                    "start_differs_by_nats": run.probe_difference(first),
+                    "same_first_completions": run.same_first_completions(first),
+                }
+                for run in self.runs
+            },
+        }
+
+
+def compare(
+    env: str,
+    model: str,
+    backends: Sequence[str],
+    *,
+    steps: int,
+    output_dir: str | Path,
+    as_is: bool = False,
+    on_start: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Comparison:
+    """Trains with each backend for a few steps.
+
+    Args:
+        env: a name from `rlvr environments`.
+        backends: names from `rlvr backends`, at least two; the first is what the others are compared with.
+        steps: optimizer steps.
+        output_dir: gets a run folder for each backend, and `comparison.json`.
+        as_is: leave each backend its own default of `lora_alpha_multiplier`; otherwise it is 1 for all.
+        on_start: called with each backend's name before its run.
+        settings: fields of `rlvr.config.TrainSettings`. Without them nothing is evaluated and nothing is reported.
+
+    Raises:
+        ConfigError: impossible settings, or fewer than two different backends; before anything is trained.
+        BackendError: a backend's run failed; says how it ended.
+        RunFolderError: the output folder cannot be written to, or holds something.
+    """
+    from rlvr.plugins.manager import require_backend
+    from rlvr.tracking.run_folder import RunFolder
+    from rlvr.trainers.run import resolve_settings
+
+    if len(set(backends)) < 2 or len(set(backends)) < len(backends):
+        raise ConfigError(
+            f"backends is {', '.join(backends) or 'empty'}; give at least two different ones: hf,unsloth."
+        )
+    for name in backends:
+        require_backend(name)
+    shared = {"env": env, "model": model, "max_steps": steps, "eval_samples": 0, "report_to": "none", **settings}
+    shared["logging_steps"] = 1
+    if not as_is:
+        shared.setdefault("lora_alpha_multiplier", 1)
+    resolve_settings(shared)
+    folder = RunFolder.reserve(output_dir).path
+    runs = []
+    for name in backends:
+        if on_start is not None:
+            on_start(name)
+        runs.append(_run({**shared, "backend": name, "run_name": name, "output_dir": str(folder / name)}, folder))
+    comparison = Comparison(env=env, model=model, as_is=as_is, runs=tuple(runs))
+    (folder / "comparison.json").write_text(json.dumps(comparison.as_json(), indent=2) + "\n", encoding="utf-8")
+    return comparison
+
+
+def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
+    """One backend, in a child process."""
+    name = settings["backend"]
+    result, log = folder / f"{name}.json", folder / f"{name}.log"
+    job = json.dumps({"settings": settings, "result": str(result)})
+    with open(log, "w", encoding="utf-8") as output:
+        code = subprocess.run(
+            [sys.executable, "-m", "rlvr.comparison.child", job],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        ).returncode
+    if code or not result.exists():
+        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
+        raise BackendError(
+            f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n{last}"
+        )
+    found = BackendRun(**json.loads(result.read_text(encoding="utf-8")))
+    result.unlink()
+    return found
+
+
+def _difference_text(difference: float | None) -> str:
+    return "other tokens" if difference is None else f"{difference:.2g}"
+
+
+def _changes_text(changes: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in changes.items()) or "none"

@@ -1,0 +1,39 @@
+"""The picture of a comparison, where matplotlib is installed."""
+
+from __future__ import annotations
+
+import itertools
+from importlib.util import find_spec
+from pathlib import Path
+
+from rlvr.comparison import Comparison
+
+INSTALL = 'pip install "rlvr[docs]"'
+
+
+def can_plot() -> bool:
+    return find_spec("matplotlib") is not None
+
+
+def plot(comparison: Comparison, path: Path) -> None:
+    """Reward over steps, and what a step's time goes into."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)  # no display is needed
+    reward, times = figure.subplots(1, 2)
+    for run, style in zip(comparison.runs, itertools.cycle(("-", "--", ":", "-."))):  # equal runs lie on each other
+        reward.plot(range(1, len(run.rewards) + 1), run.rewards, style, label=run.backend)
+    reward.set(xlabel="step", ylabel="mean reward", title=f"{comparison.env}, {Path(comparison.model).name}")
+    reward.legend(frameon=False)
+    names = [run.backend for run in comparison.runs]
+    left = [0.0] * len(names)
+    for part in ("rollout", "scoring", "update"):
+        widths = [run.steady(getattr(run, f"{part}_seconds")) for run in comparison.runs]
+        times.barh(names, widths, left=left, label=part)
+        left = [start + width for start, width in zip(left, widths, strict=True)]
+    times.set(xlabel="seconds a step (median)")
+    times.invert_yaxis()
+    times.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,99 @@
+"""Which models the grouped engine takes. One line each says why it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlvr.rollout.engine import SamplingSettings
+from rlvr.rollout.grouped.weights import causal_lm
+
+ARCHITECTURES = frozenset({"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3"})
+"""Model types whose tokens equal `generate`'s in the tests."""
+
+
+def unsupported(model: Any, sampling: SamplingSettings) -> str | None:
+    """Why the engine cannot take this model, in one line; None if it can.
+
+    Every option of `SamplingSettings` is supported.
+    """
+    del sampling
+    if (problem := _peft_problem(model)) is not None:
+        return problem
+    model = causal_lm(model)
+    checks = (_wrapper_problem, _patch_problem, _architecture_problem, _position_problem, _placement_problem)
+    return next((problem for check in checks if (problem := check(model)) is not None), None)
+
+
+def _peft_problem(model: Any) -> str | None:
+    """What a PeftModel's own forward does, which the transformers model inside does not."""
+    configs = getattr(model, "peft_config", None)
+    for config in configs.values() if isinstance(configs, dict) else ():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning:
+            return f"{kind} puts virtual tokens in front of the prompt"
+        if getattr(config, "alora_invocation_tokens", None) or kind in ("XLORA", "POLY"):
+            return f"{kind} adapters that depend on the input"
+    return None
+
+
+def _wrapper_problem(model: Any) -> str | None:
+    name = type(model).__name__
+    if name in ("DeepSpeedEngine", "FullyShardedDataParallel") or name.startswith("FSDP"):
+        return f"the weights are sharded by {name}"
+    for parameter in model.parameters():
+        if hasattr(parameter, "ds_id") or type(parameter.data).__name__ == "DTensor":
+            return "the weights are sharded (DeepSpeed ZeRO-3, FSDP or tensor parallelism)"
+    return None
+
+
+def _patch_problem(model: Any) -> str | None:
+    for module in model.modules():
+        forward = getattr(module.forward, "__wrapped__", module.forward)
+        if "unsloth" in (getattr(forward, "__module__", "") or "") or "unsloth" in type(module).__module__:
+            return "the model is patched by Unsloth, which has its own attention and generation"
+    if not type(model).__module__.startswith("transformers."):
+        return f"{type(model).__name__} is no class of transformers, so its attention is unknown"
+    return None
+
+
+def _architecture_problem(model: Any) -> str | None:
+    config = model.config
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if hasattr(config, "vision_config") or hasattr(config, "audio_config"):
+        return f"{config.model_type} reads images or sound"
+    if layer_types - {"full_attention", "sliding_attention"}:
+        return f"{config.model_type} has layers of type {', '.join(sorted(layer_types))}"
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return f"{config.model_type} is a mixture of experts"
+    if config.model_type not in ARCHITECTURES or not type(model).__name__.endswith("ForCausalLM"):
+        return (
+            f"{type(model).__name__} ({config.model_type}) is not among the architectures whose parity is tested: "
+            + ", ".join(sorted(ARCHITECTURES))
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"{config.model_type} caps its attention scores (attn_logit_softcapping)"
+    if getattr(config, "use_bidirectional_attention", None):
+        return f"{config.model_type} attends in both directions"
+    if getattr(config, "output_attentions", False) or getattr(config, "output_hidden_states", False):
+        return "the configuration asks for attentions or hidden states of every forward"
+    return None
+
+
+def _position_problem(model: Any) -> str | None:
+    parameters = getattr(model.config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    for rope in nested or [parameters]:
+        if rope.get("rope_type") in ("dynamic", "longrope"):
+            return f"rotary embedding of type {rope['rope_type']!r} changes with the longest sequence of a batch"
+    return None
+
+
+def _placement_problem(model: Any) -> str | None:
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or next(iter(devices)).type not in ("cpu", "cuda"):
+        return f"the weights are on {', '.join(sorted(map(str, devices)))}; one CPU or one CUDA device is needed"
+    if next(iter(devices)).type == "cuda" and torch.version.hip is not None:
+        return "it is not tested on ROCm"
+    return None

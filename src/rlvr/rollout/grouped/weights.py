@@ -1,0 +1,133 @@
+"""The model as a rollout runs it: adapters merged, evaluation mode, our attention; afterwards all as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+
+from rlvr.rollout.grouped.attention import ATTENTION_NAME
+
+
+def causal_lm(model: Any) -> Any:
+    """The transformers model inside whatever wraps it: DistributedDataParallel, torch.compile, PEFT."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+@contextmanager
+def rollout_mode(model: Any, *, merge: bool = True) -> Iterator[None]:
+    """Within it, `model` (from `causal_lm`) is in evaluation mode, attends through us and has its LoRA merged.
+
+    Outside it, and when anything raises, every weight is bit for bit what it was: merging W + s·BA in W's own dtype
+    rounds, so W is not recomputed by subtraction but kept.
+    """
+    with ExitStack() as undo:
+        training = [module for module in model.modules() if module.training]
+        undo.callback(_set_training, training, True)
+        _set_training(training, False)
+
+        config, attention = model.config, model.config._attn_implementation
+        undo.callback(setattr, config, "_attn_implementation", attention)
+        config._attn_implementation = ATTENTION_NAME
+
+        if merge:
+            undo.enter_context(merged_lora(model))
+        undo.enter_context(torch.no_grad())
+        undo.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
+        yield
+
+
+@contextmanager
+def merged_lora(model: nn.Module) -> Iterator[None]:
+    """Merges every LoRA layer that can be into its base weight, in place, and takes the wrapper out of the model.
+
+    In place, so that captured CUDA graphs, which know weights by address, go on working from one rollout to the next.
+    Layers that cannot be merged exactly (`mergeable`) stay wrapped and apply their adapter in every forward.
+    """
+    with ExitStack() as undo, torch.no_grad():
+        modules = list(model.modules())  # walked once: an adapted model of 28 layers has more than 2,000
+        tied = _shared_parameters(modules)
+        room = _room(next(model.parameters()).device)  # asked once: the driver takes its time to answer
+        for parent in modules:
+            layers: list[tuple[str, Any]] = list(parent.named_children())
+            for name, layer in layers:
+                if not mergeable(layer) or layer.base_layer.weight in tied:
+                    continue
+                weight = layer.base_layer.weight
+                room -= weight.nbytes
+                undo.callback(weight.data.copy_, weight.detach().clone() if room > 0 else weight.detach().to("cpu"))
+                weight.copy_(merged_weight(layer))
+                undo.callback(setattr, parent, name, layer)
+                setattr(parent, name, layer.base_layer)
+        yield
+
+
+def mergeable(layer: Any) -> bool:
+    """A plain LoRA on a plain `nn.Linear`: no DoRA or other variant, no quantized base, no bias of its own."""
+    return (
+        type(layer) is LoraLinear
+        and type(layer.base_layer) is nn.Linear
+        and layer.base_layer.weight.is_floating_point()
+        and not layer.fan_in_fan_out
+        and not layer.merged_adapters
+        and not any(layer.lora_variant.get(name) for name in layer.active_adapters)
+        and not any(layer.lora_bias.get(name) for name in layer.active_adapters)
+    )
+
+
+def merged_weight(layer: Any) -> Tensor:
+    """W + Σ s·BA over the active adapters, in float32, in memory of its own. W itself if disabled."""
+    weight = layer.base_layer.weight
+    adapters = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
+    total = weight.detach().to(torch.float32, copy=True)
+    for name in adapters:
+        up, down = layer.lora_B[name].weight.float(), layer.lora_A[name].weight.float()
+        total.addmm_(up.detach(), down.detach(), alpha=layer.scaling[name])
+    return total
+
+
+def fingerprint(model: nn.Module) -> tuple[Any, ...]:
+    """What a captured graph depends on beside the values of the weights: their addresses, and unmerged adapters."""
+    adapters = [
+        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.scaling.values()))
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+    ]
+    return tuple(parameter.data_ptr() for parameter in model.parameters()), tuple(adapters)
+
+
+def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
+    for module in modules:
+        module.training = training
+
+
+def _room(device: torch.device) -> float:
+    """Bytes of originals that can stay on the device, 4 GiB left for the rollout; others go to the host's memory."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    reserved_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free + reserved_unused - 4 * 2**30
+
+
+def _shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters that stand in more than one module, such as tied embeddings."""
+    holders: dict[nn.Parameter, int] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders[parameter] = holders.get(parameter, 0) + 1
+    return {parameter for parameter, count in holders.items() if count > 1}

@@ -1,0 +1,261 @@
+"""Every field of `LoraSettings`, measured on the layers themselves and not on what a configuration says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rlvr.backends.checks import linear_names
+from rlvr.backends.protocol import CHOICES, LoadedPolicy, LoraSettings
+from rlvr.testing.conformance.context import (
+    CheckFailed,
+    Context,
+    expect,
+    factors,
+    first_line,
+    logits,
+    lora_layers,
+    plain_name,
+    refusal,
+)
+
+
+def applied_once(context: Context) -> str:
+    from peft import PeftModel
+
+    base = context.policy()
+    expected = linear_layers(base.model)
+    names = {name for name, _ in base.model.named_parameters()}
+    policy = context.policy(LoraSettings(r=4))
+    wrappers = [name for name, module in policy.model.named_modules() if isinstance(module, PeftModel)]
+    expect(len(wrappers) <= 1, f"{len(wrappers)} PeftModels are nested in one another")
+    layers = lora_layers(policy.model)
+    inner = [name for name, layer in layers.items() if hasattr(layer.base_layer, "lora_A")]
+    expect(not inner, f"adapters are wrapped in adapters, for example at {inner[0] if inner else ''}")
+    adapters = {adapter for layer in layers.values() for adapter in layer.lora_A}
+    expect(len(adapters) == 1, f"{len(adapters)} adapters were applied: {', '.join(sorted(adapters)) or 'none'}")
+    expect(set(layers) == set(expected), _difference("adapted layers", set(layers), set(expected)))
+    beside = [plain_name(n) for n, p in policy.model.named_parameters() if p.requires_grad and plain_name(n) in names]
+    expect(not beside, f"the base weights are trainable too: {', '.join(beside[:3])}")
+    trainable = sum(p.numel() for p in policy.model.parameters() if p.requires_grad)
+    meant = sum(4 * (layer.in_features + layer.out_features) for layer in expected.values())
+    expect(trainable == meant, f"{trainable:,} parameters are trainable; r=4 on these layers makes {meant:,}")
+    with refusal("a second apply_lora on the same policy"):
+        context.backend.apply_lora(policy, LoraSettings(r=4))
+    return f"{len(layers)} layers, {trainable:,} trainable parameters"
+
+
+def rank(context: Context) -> str:
+    for r in (2, 8):
+        policy = context.policy(LoraSettings(r=r))
+        found = {factors(layer)[0].shape[0] for layer in lora_layers(policy.model).values()}
+        expect(found == {r}, f"r={r} was asked for, and the factors have rank {', '.join(map(str, sorted(found)))}")
+        _stated(policy, "r", r)
+    return "2 and 8 are honoured"
+
+
+def alpha(context: Context) -> str:
+    scales = []
+    for asked, multiplier in ((4, 1), (32, 1), (8, 3), (8, None)):
+        policy = context.policy(LoraSettings(r=8, alpha=asked, alpha_multiplier=multiplier))
+        lora = policy.lora
+        expect(lora is not None, "LoadedPolicy.lora is None on a policy with an adapter")
+        assert lora is not None
+        if multiplier is not None:
+            _stated(policy, "alpha", asked * multiplier)
+        elif lora.alpha != asked:
+            said = any("alpha" in note for note in policy.notes)
+            expect(said, f"alpha={asked} became {lora.alpha} by default, and no note says so")
+        for name, scale in _scales(policy).items():
+            expect(
+                abs(scale * lora.r / lora.alpha - 1) < 1e-3,
+                f"alpha={asked} (multiplier {multiplier}): the adapter at {name} is scaled by {scale:g}, "
+                f"and LoadedPolicy.lora says {lora.alpha} / {lora.r} = {lora.alpha / lora.r:g}",
+            )
+        scales.append(f"{scale:g}")
+    return f"scales {', '.join(scales)}, as stated"
+
+
+def rslora(context: Context) -> str:
+    asked = LoraSettings(r=16, alpha=8, alpha_multiplier=1, rslora=True)
+    if not context.capabilities.rslora:
+        context.expect_refusal("rslora, which is not claimed,", asked)
+        return "refused"
+    for name, scale in _scales(_claimed(context, asked)).items():
+        expect(
+            abs(scale - 8 / 16**0.5) < 1e-3,
+            f"rslora, alpha 8, r 16: the adapter at {name} is scaled by {scale:g}, not 8 / sqrt(16) = 2",
+        )
+    return "alpha / sqrt(r)"
+
+
+def dropout(context: Context) -> str:
+    asked = LoraSettings(r=4, dropout=0.5)
+    if not context.capabilities.lora_dropout:
+        context.expect_refusal("lora dropout, which is not claimed,", asked)
+        return "refused"
+    policy = _claimed(context, asked)
+    with torch.no_grad():
+        layer = _shaken(next(iter(lora_layers(policy.model).values())))
+        x = torch.randn(2, layer.in_features, device=policy.model.device)
+        context.backend.for_training(policy)
+        expect(not torch.equal(layer(x), layer(x)), "dropout=0.5 was asked for, and in training nothing is dropped")
+        context.backend.for_inference(policy)
+        expect(torch.equal(layer(x), layer(x)), "dropout acts in inference too")
+    policy = context.policy(LoraSettings(r=4, dropout=0.0))
+    context.backend.for_training(policy)
+    with torch.no_grad():
+        layer = _shaken(next(iter(lora_layers(policy.model).values())))
+        expect(torch.equal(layer(x), layer(x)), "dropout=0 was asked for, and in training something is dropped")
+    return "in training only"
+
+
+def targets(context: Context) -> str:
+    base = context.policy()
+    chosen = tuple(linear_names(base.model)[:2])
+    expected = {name for name in linear_layers(base.model) if name.rpartition(".")[2] in chosen}
+    policy = context.policy(LoraSettings(r=4, target_modules=chosen))
+    found = set(lora_layers(policy.model))
+    expect(found == expected, _difference(f"target_modules={chosen}: adapted layers", found, expected))
+    context.expect_refusal(
+        "target_modules=('no_such_module',)", LoraSettings(r=4, target_modules=(chosen[0], "no_such_module"))
+    )
+    return f"{', '.join(chosen)}: {len(found)} layers; unknown names are refused"
+
+
+def bias(context: Context) -> str:
+    base = context.policy()
+    all_biases = {name for name, _ in base.model.named_parameters() if name.rpartition(".")[2] == "bias"}
+    chosen = _module_with_bias(base.model)
+    adapted = {name for name in linear_layers(base.model) if name.rpartition(".")[2] in chosen}
+    meant = {
+        "none": set(),
+        "all": all_biases,
+        "lora_only": {name for name in all_biases if name.rpartition(".")[0] in adapted},
+    }
+    honoured = []
+    for name in CHOICES["bias"]:
+        asked = LoraSettings(r=4, target_modules=tuple(chosen), bias=name)  # type: ignore[arg-type]
+        if name not in context.capabilities.lora_biases:
+            context.expect_refusal(f"bias={name!r}, which is not claimed,", asked)
+            continue
+        policy = _claimed(context, asked)
+        trained = {plain_name(n) for n, p in policy.model.named_parameters() if p.requires_grad}
+        trained = {n for n in trained if n.rpartition(".")[2] == "bias"}
+        expect(trained == meant[name], _difference(f"bias={name!r}: trained biases", trained, meant[name]))
+        honoured.append(name)
+    return f"honoured: {', '.join(honoured)}; the others are refused"
+
+
+def dora(context: Context) -> str:
+    asked = LoraSettings(r=4, dora=True)
+    if not context.capabilities.dora:
+        context.expect_refusal("dora, which is not claimed,", asked)
+        return "refused"
+    policy = _claimed(context, asked)
+    layers = lora_layers(policy.model)
+    magnitudes = [p for n, p in policy.model.named_parameters() if "magnitude" in n and p.requires_grad]
+    expect(
+        len(magnitudes) == len(layers),
+        f"dora was asked for, and {len(magnitudes)} of {len(layers)} layers have a magnitude that is trained",
+    )
+    _same_function(context, policy, "dora")
+    return f"{len(magnitudes)} magnitudes"
+
+
+def init(context: Context) -> str:
+    starts: dict[str, torch.Tensor] = {}
+    for name in CHOICES["init"]:
+        asked = LoraSettings(r=4, init=name)  # type: ignore[arg-type]
+        if name not in context.capabilities.lora_inits:
+            context.expect_refusal(f"init={name!r}, which is not claimed,", asked)
+            continue
+        policy = _claimed(context, asked)
+        starts[name] = factors(next(iter(lora_layers(policy.model).values())))[0]
+        alike = [other for other in starts if other != name and torch.equal(starts[other], starts[name])]
+        expect(not alike, f"init={name!r} starts as init={alike[0] if alike else ''!r} does")
+        _same_function(context, policy, f"init={name!r}")
+    return f"honoured: {', '.join(starts)}; the others are refused"
+
+
+def seed(context: Context) -> str:
+    before = torch.random.get_rng_state()
+    one, again, other = (
+        factors(next(iter(lora_layers(context.policy(LoraSettings(r=4, seed=value)).model).values())))[0]
+        for value in (1, 1, 2)
+    )
+    expect(torch.equal(before, torch.random.get_rng_state()), "applying a LoRA changes the global random state")
+    expect(torch.equal(one, again), "one seed gave two different starts")
+    expect(not torch.equal(one, other), "two seeds gave the same start: the seed is ignored")
+    return "the seed decides the start"
+
+
+def linear_layers(model: Any) -> dict[str, torch.nn.Linear]:
+    """Every linear layer of a model without adapters but its output head, by name."""
+    head = model.get_output_embeddings()
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+
+
+def _module_with_bias(model: Any) -> list[str]:
+    """Last part of the name of one linear layer, of one with a bias if there is any."""
+    with_bias = [name.rpartition(".")[2] for name, layer in linear_layers(model).items() if layer.bias is not None]
+    return (with_bias or linear_names(model))[:1]
+
+
+@torch.no_grad()
+def _shaken(layer: Any) -> Any:
+    """The layer with a B that is no longer zero."""
+    b = layer.lora_B[layer.active_adapters[0]].weight
+    b.copy_(torch.randn(b.shape, generator=torch.Generator().manual_seed(3)))
+    return layer
+
+
+@torch.no_grad()
+def _scales(policy: LoadedPolicy) -> dict[str, float]:
+    """What each adapter's output B·A·x is multiplied by, by least squares over its layer's real output."""
+    policy.model.eval()
+    scales = {}
+    for name, layer in lora_layers(policy.model).items():
+        weight = _shaken(layer).base_layer.weight
+        x = torch.randn(4, layer.in_features, generator=torch.Generator().manual_seed(4)).to(policy.model.device)
+        x = x.to(weight.dtype) if weight.is_floating_point() else x
+        added = (layer(x) - layer.base_layer(x)).float().cpu()
+        a, b = factors(layer)
+        plain = x.float().cpu() @ a.T @ b.T
+        scales[name] = ((added * plain).sum() / (plain * plain).sum()).item()
+    return scales
+
+
+def _same_function(context: Context, policy: LoadedPolicy, what: str) -> None:
+    """A fresh adapter leaves the model as it was."""
+    base, found = logits(context, context.policy()), logits(context, policy)
+    error = (found - base).abs().max().item()
+    expect(error < 1e-2, f"{what}: the fresh adapter changes the model, logits by {error:.2g}")
+
+
+def _stated(policy: LoadedPolicy, name: str, value: object) -> None:
+    found = getattr(policy.lora, name, None)
+    expect(found == value, f"LoadedPolicy.lora says {name}={found}; {value} was asked for")
+
+
+def _claimed(context: Context, lora: LoraSettings) -> LoadedPolicy:
+    """Loads with a LoRA that the backend claims: a refusal is a finding."""
+    try:
+        return context.policy(lora)
+    except Exception as error:
+        raise CheckFailed(
+            f"{lora}: capabilities() claims it, and it raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _difference(what: str, found: set[str], expected: set[str]) -> str:
+    def some(names: Sequence[str]) -> str:
+        return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") or "none"
+
+    return f"{what}: missing {some(sorted(expected - found))}; too many: {some(sorted(found - expected))}"

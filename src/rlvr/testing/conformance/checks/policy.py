@@ -1,0 +1,110 @@
+"""The numbers: log-probabilities, gradients and memory, against a float32 reference."""
+
+from __future__ import annotations
+
+import torch
+
+from rlvr.backends.protocol import LoadedPolicy
+from rlvr.testing.conformance.checks.settings import FLOATS
+from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, token_logprobs, tokens
+from rlvr.testing.conformance.reference import Reference
+
+LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""Mean absolute difference of token log-probabilities, in nats."""
+
+GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
+"""Norm of the difference over the norm of the reference's gradient, all factors together."""
+
+MEMORY_TOLERANCE = 0.1
+_WORTH_ASKING_CUDA = 64 * 2**20  # bytes; below, the allocator's rounding counts for more than the weights
+
+
+def dtypes_to_compare(context: Context) -> list[str]:
+    return [name for name in FLOATS if name in context.capabilities.dtypes]
+
+
+def log_probabilities(context: Context) -> str:
+    measured = []
+    for dtype in dtypes_to_compare(context):
+        for what, policy in (("base", context.policy(dtype=dtype)), ("adapted", context.adapted(dtype=dtype))):
+            ids = tokens(policy)
+            found = token_logprobs(logits(context, policy), ids)
+            wanted = token_logprobs(Reference.of(policy, FLOATS[dtype]).logits(ids), ids)
+            error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
+            expect(
+                error <= allowed,
+                f"{what} policy in {dtype}: log-probabilities differ from the float32 reference by {error:.2g} nats "
+                f"on average; allowed: {allowed:g}",
+            )
+            measured.append(f"{dtype} {what} {error:.1g}")
+    return f"mean difference in nats: {', '.join(measured)}"
+
+
+def gradients(context: Context) -> str:
+    """With gradient checkpointing as the backend does it by default, in training mode."""
+    measured = []
+    for dtype in dtypes_to_compare(context):
+        policy = context.adapted(dtype=dtype)
+        ids = tokens(policy)
+        loss, wanted = Reference.of(policy, FLOATS[dtype]).loss_and_gradients(ids)
+        found_loss, found = _gradients(context, policy, ids)
+        allowed = GRADIENT_TOLERANCE[dtype]
+        expect(
+            abs(found_loss - loss) < LOGPROB_TOLERANCE[dtype], f"{dtype}: the loss is {found_loss:.5f}, not {loss:.5f}"
+        )
+        without = [name for name, (a, b) in found.items() if a is None or b is None]
+        expect(not without, f"{dtype}: {len(without)} adapted layers got no gradient, for example {without[:1]}")
+        pairs = [(x, y) for name in wanted for x, y in zip(found[name], wanted[name], strict=True) if x is not None]
+        difference = sum(((x - y) ** 2).sum() for x, y in pairs) ** 0.5
+        error = float(difference / sum((y**2).sum() for _, y in pairs) ** 0.5)
+        expect(
+            error <= allowed,
+            f"{dtype}: the adapter's gradients differ from the float32 reference by {error:.2g} of their norm; "
+            f"allowed: {allowed:g}",
+        )
+        measured.append(f"{dtype} {error:.1g}")
+    return f"relative difference: {', '.join(measured)}"
+
+
+def _gradients(
+    context: Context, policy: LoadedPolicy, ids: torch.Tensor
+) -> tuple[float, dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]]:
+    context.backend.for_training(policy)
+    with torch.random.fork_rng():
+        loss = policy.model(input_ids=ids, labels=ids).loss
+        loss.backward()
+    found = {}
+    for name, layer in lora_layers(policy.model).items():
+        adapter = layer.active_adapters[0]
+        grads = (part[adapter].weight.grad for part in (layer.lora_A, layer.lora_B))
+        found[name] = tuple(None if grad is None else grad.float().cpu() for grad in grads)
+    return loss.item(), found  # type: ignore[return-value]
+
+
+def memory(context: Context) -> str:
+    on_cuda = torch.cuda.is_available() and context.device != "cpu"
+    before = torch.cuda.memory_allocated() if on_cuda else 0
+    policy = context.policy(dtype="auto")
+    stated, counted = context.backend.memory_in_use(policy), storage_bytes(policy.model)
+    if on_cuda and counted > _WORTH_ASKING_CUDA:
+        counted = torch.cuda.memory_allocated() - before
+    expect(
+        abs(stated - counted) <= MEMORY_TOLERANCE * counted,
+        f"memory_in_use says {stated:,} bytes, and the weights take {counted:,}; allowed: {MEMORY_TOLERANCE:.0%} off",
+    )
+    return f"{stated:,} bytes of {counted:,}"
+
+
+def storage_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the memory behind parameters and buffers, however many of them share it."""
+    tensors = [plain for tensor in (*model.parameters(), *model.buffers()) for plain in _plain_tensors(tensor)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())
+
+
+def _plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a tensor subclass (torchao's quantized weights) is made of; itself for any other."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [plain for name in names for plain in _plain_tensors(getattr(tensor, name))]

@@ -1,0 +1,238 @@
+"""Every field of `ModelSettings`: honoured where claimed, refused where not."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+import torch
+
+from rlvr.backends.protocol import CHOICES, PROTOCOL_VERSION, Capabilities, LoadedPolicy, LoraSettings
+from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, logits, tokens
+
+FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def capabilities(context: Context) -> str:
+    claims = context.capabilities
+    expect(isinstance(claims, Capabilities), f"capabilities() returned {type(claims).__name__}, not Capabilities")
+    expect(
+        context.backend.protocol_version == PROTOCOL_VERSION,
+        f"protocol_version is {context.backend.protocol_version}; this rlvr has {PROTOCOL_VERSION}",
+    )
+    claimed = {
+        "dtype": claims.dtypes,
+        "quantization": claims.quantizations,
+        "attention": claims.attentions,
+        "bias": claims.lora_biases,
+        "init": claims.lora_inits,
+    }
+    for name, values in claimed.items():
+        unknown = sorted(set(values) - set(CHOICES[name]))
+        expect(
+            not unknown, f"claims unknown values of {name}: {', '.join(unknown)}; allowed: {', '.join(CHOICES[name])}"
+        )
+    usual = {"dtype": "auto", "quantization": "none", "attention": "auto", "bias": "none", "init": "default"}
+    lacking = [f"{name}={value!r}" for name, value in usual.items() if value not in claimed[name]]
+    expect(not lacking, f"does not claim the defaults {', '.join(lacking)}, so that nobody could use it")
+    expect("adapter" in claims.export_formats, "does not claim to save adapters, so that no run could end")
+    expect(claims == context.backend.capabilities(), "capabilities() gives another answer when asked again")
+    return f"exports {', '.join(claims.export_formats)}; dtypes {', '.join(sorted(claims.dtypes))}"
+
+
+def model(context: Context) -> str:
+    """That the weights are the checkpoint's, to the last bit of float32, is for the check `log-probabilities`."""
+    policy = context.policy()
+    expect(policy.lora is None, "load_policy applied a LoRA; that is for apply_lora")
+    expect(policy.tokenizer.pad_token_id is not None, "the tokenizer came without a pad token")
+    context.backend.for_inference(policy)
+    expect(policy.tokenizer.padding_side == "left", "for sampling, the tokenizer has to pad on the left")
+    one, other = context.policy(model=context.tiny(seed=0)), context.policy(model=context.tiny(seed=1))
+    same_ids = tokens(one)
+    expect(
+        not torch.equal(logits(context, one, same_ids), logits(context, other, same_ids)),
+        "two different model folders gave the same policy",
+    )
+    broken = context.folder()
+    (broken / "config.json").write_text("{}")
+    context.expect_refusal("a model folder without weights", model=broken)
+    context.expect_refusal("a model folder that does not exist", model=broken / "missing")
+    return "weights follow the folder; broken folders are refused"
+
+
+def max_seq_length(context: Context) -> str:
+    policy = context.policy()
+    longest = getattr(policy.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None:
+        context.expect_refusal(
+            f"max_seq_length={longest + 1} for a model that takes {longest}", max_seq_length=longest + 1
+        )
+    length = 200
+    row = tokens(policy)[:1].repeat(1, length)[:, :length]
+    expect(
+        logits(context, context.policy(max_seq_length=length), row).isfinite().all(),
+        f"a sequence of max_seq_length={length} tokens gave logits that are not finite",
+    )
+    return f"{length} tokens work; more than {longest} are refused"
+
+
+def dtype(context: Context) -> str:
+    honoured = []
+    for name in CHOICES["dtype"]:
+        if name not in context.capabilities.dtypes:
+            context.expect_refusal(f"dtype={name!r}, which is not claimed,", dtype=name)
+            continue
+        policy = _claimed(context, dtype=name)
+        found = weight_dtypes(policy)
+        if name == "auto":
+            expect(len(found) == 1 and found <= set(FLOATS.values()), f"dtype='auto' gave weights in {_words(found)}")
+        else:
+            expect(found == {FLOATS[name]}, f"dtype={name!r} was asked for, and the weights are in {_words(found)}")
+        computes_in = next(iter(found))
+        changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+        for flag, meant in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+            expect(
+                changes.get(flag, computes_in is meant) == (computes_in is meant),
+                f"dtype={name!r}: training_arguments sets {flag}={changes.get(flag)} for weights in {_words(found)}",
+            )
+        honoured.append(name)
+    return f"honoured: {', '.join(honoured)}; the others are refused"
+
+
+def weight_dtypes(policy: LoadedPolicy) -> set[torch.dtype]:
+    """Of embeddings and linear layers; norms may be kept in float32."""
+    layers = [module for module in policy.model.modules() if isinstance(module, (torch.nn.Linear, torch.nn.Embedding))]
+    return {layer.weight.dtype for layer in layers if layer.weight.is_floating_point()}
+
+
+def quantization(context: Context) -> str:
+    honoured = []
+    plain: torch.Tensor | None = None
+    for name in CHOICES["quantization"]:
+        if name == "none":
+            continue
+        if name not in context.capabilities.quantizations:
+            context.expect_refusal(f"quantization={name!r}, which is not claimed,", quantization=name)
+            continue
+        if plain is None:
+            plain = logits(context, context.policy(dtype="auto"))
+        found = logits(context, _claimed(context, dtype="auto", quantization=name))
+        error = ((found - plain).norm() / (plain - plain.mean()).norm()).item()
+        expect(error > 0, f"quantization={name!r} was asked for, and the logits are those of unquantized weights")
+        expect(error < 0.5, f"quantization={name!r}: the logits are off by {error:.0%} of their spread")
+        honoured.append(f"{name} (logits move by {error:.1%})")
+    return f"honoured: {', '.join(honoured) or 'none'}; the others are refused"
+
+
+def attention(context: Context) -> str:
+    honoured = []
+    for name in CHOICES["attention"]:
+        if name not in context.capabilities.attentions:
+            context.expect_refusal(f"attention={name!r}, which is not claimed,", attention=name)
+            continue
+        half = {"dtype": "bfloat16"} if name == "flash_attention_2" else {}
+        policy = _claimed(context, attention=name, **half)
+        used = getattr(policy.model.config, "_attn_implementation", None)
+        expect(name in ("auto", used), f"attention={name!r} was asked for, and the model uses {used!r}")
+        expect(logits(context, policy).isfinite().all(), f"attention={name!r} gives logits that are not finite")
+        honoured.append(name)
+    return f"honoured: {', '.join(honoured)}; the others are refused"
+
+
+def remote_code(context: Context) -> str:
+    """A model folder whose own code leaves a trace when it runs."""
+    folder, module = _with_own_code(context)
+
+    def ran() -> bool:
+        return any(name.endswith(module) for name in sys.modules)
+
+    context.policy(model=folder, trust_remote_code=False)
+    expect(not ran(), "trust_remote_code=False, and the code that came with the model ran all the same")
+    if not context.capabilities.trust_remote_code:
+        context.expect_refusal("trust_remote_code=True, which is not claimed,", model=folder, trust_remote_code=True)
+        return "refused, and never run"
+    _claimed(context, model=folder, trust_remote_code=True)
+    expect(ran(), "trust_remote_code=True is claimed, and the code that came with the model did not run")
+    return "runs when asked, and only then"
+
+
+def _with_own_code(context: Context) -> tuple[Any, str]:
+    from rlvr.testing.conformance.context import LIVELY
+    from rlvr.testing.tiny import save_tiny
+
+    folder = save_tiny(context.folder() / "own_code", **LIVELY)
+    module = f"modeling_{context.folder().name.replace('-', '_')}"  # never run before in this process
+    (folder / f"{module}.py").write_text(
+        "from transformers import Qwen2ForCausalLM\n\n\nclass OwnForCausalLM(Qwen2ForCausalLM):\n    pass\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": f"{module}.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder, module
+
+
+def checkpointing(context: Context) -> str:
+    """On: the model checkpoints, or the trainer is left to. Off: neither."""
+    for asked in (True, False):
+        policy = context.policy(LoraSettings(r=4), gradient_checkpointing=asked)
+        context.backend.for_training(policy)
+        changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+        in_model = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
+        by_trainer = changes.get("gradient_checkpointing", asked)
+        expect(
+            (in_model or by_trainer) == asked,
+            f"gradient_checkpointing={asked}: the model {'does' if in_model else 'does not'} checkpoint, and "
+            f"training_arguments leaves the trainer's at {by_trainer}",
+        )
+    return "on and off are honoured"
+
+
+def fast_inference(context: Context) -> str:
+    """With `gpu_memory_utilization`, which has a meaning only beside an inference engine."""
+    policy = context.policy(fast_inference="off", gpu_memory_utilization=0.5)
+    expect(not hasattr(policy.model, "vllm_engine"), "fast_inference='off', and the model came with an engine")
+    if not context.capabilities.fast_inference:
+        context.expect_refusal("fast_inference='on', which is not claimed,", fast_inference="on")
+        return "refused; without it gpu_memory_utilization has nothing to limit"
+    policy = _claimed(context, dtype="auto", fast_inference="on", gpu_memory_utilization=0.3)
+    changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+    expect(
+        hasattr(policy.model, "vllm_engine") or changes.get("use_vllm"),
+        "fast_inference='on' is claimed, and neither the model nor the training arguments have an engine",
+    )
+    return "on and off are honoured"
+
+
+def device(context: Context) -> str:
+    wanted = torch.device(context.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    policy = context.policy(device=str(wanted) if context.device else None)
+    found = {parameter.device.type for parameter in policy.model.parameters()}
+    expect(found == {wanted.type}, f"device={str(wanted)!r}, and parameters are on {', '.join(sorted(found))}")
+    absent = f"cuda:{torch.cuda.device_count()}"
+    context.expect_refusal(f"device={absent!r}, which this machine does not have,", device=absent)
+    return f"on {wanted.type}; {absent} is refused"
+
+
+def seed(context: Context) -> str:
+    before = torch.random.get_rng_state()
+    policies = [context.policy(seed=7) for _ in range(2)]
+    expect(torch.equal(before, torch.random.get_rng_state()), "loading a policy changes the global random state")
+    one, other = (logits(context, policy) for policy in policies)
+    expect(torch.equal(one, other), "two loads with one seed gave different policies")
+    return "one seed, one policy"
+
+
+def _claimed(context: Context, **settings: Any) -> LoadedPolicy:
+    """Loads with settings that the backend claims: a refusal is a finding."""
+    try:
+        return context.policy(**settings)
+    except Exception as error:
+        words = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+        raise CheckFailed(
+            f"{words}: capabilities() claims it, and loading raised {type(error).__name__}: {first_line(error)}"
+        ) from error
+
+
+def _words(dtypes: set[torch.dtype]) -> str:
+    return ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes)) or "no float type"

@@ -1,0 +1,36 @@
+"""The child process that runs one group of checks: `python -m rlvr.testing.conformance.child JOB`.
+
+The backend is loaded before anything else is imported, because some have to come first.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rlvr.errors import RlvrError
+from rlvr.testing.conformance.catalogue import select
+from rlvr.testing.conformance.context import Context
+from rlvr.testing.conformance.runner import add_result, make_result, run_check
+
+
+def main(job: dict[str, Any]) -> None:
+    from rlvr.plugins.manager import load_backend
+
+    folder = Path(job["scratch"])
+    checks = select(job["checks"])
+    try:
+        backend = load_backend(job["backend"])
+    except RlvrError as error:
+        for check in checks:
+            add_result(folder, make_result(check, 0.0, failure=f"the backend cannot be loaded: {error}"))
+        return
+    context = Context(job["backend"], backend, job["model"], job["device"], folder)
+    for check in checks:
+        add_result(folder, run_check(check, context))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

@@ -1,0 +1,166 @@
+"""What a check works with: the backend, a model to load, and the ways to say what is wrong."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlvr.errors import RlvrError
+
+if TYPE_CHECKING:
+    import torch
+
+    from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings, ModelBackend
+
+LIVELY: dict[str, Any] = {
+    "initializer_range": 0.2
+}  # logits that differ: from 0.02, PEFT's errors would hide in a flat distribution
+
+
+class CheckFailed(AssertionError):
+    """The backend does not do what the check is about; the message is the finding."""
+
+
+def expect(condition: object, finding: str) -> None:
+    if not condition:
+        raise CheckFailed(finding)
+
+
+@dataclass
+class Context:
+    """One backend under test. `name` is its entry point's, None for a backend given as an object."""
+
+    name: str | None
+    backend: ModelBackend
+    given_model: str | None
+    device: str | None
+    scratch: Path
+    _tiny: dict[int, Path] = field(default_factory=dict)
+
+    @property
+    def model(self) -> str:
+        return self.given_model or str(self.tiny())
+
+    def tiny(self, seed: int = 0) -> Path:
+        """A tiny model's folder, made once."""
+        from rlvr.testing.tiny import save_tiny
+
+        if seed not in self._tiny:
+            self._tiny[seed] = save_tiny(self.scratch / f"tiny-{seed}", seed=seed, **LIVELY)
+        return self._tiny[seed]
+
+    @cached_property
+    def capabilities(self) -> Capabilities:
+        return self.backend.capabilities()
+
+    def policy(self, lora: LoraSettings | None = None, **settings: Any) -> LoadedPolicy:
+        """A policy the way users load one; float32 with `max_seq_length` 256, unless `settings` say otherwise."""
+        from rlvr.backends import load_policy
+
+        defaults: dict[str, Any] = {"max_seq_length": 256, "dtype": "float32", "device": self.device}
+        if "float32" not in self.capabilities.dtypes:
+            defaults["dtype"] = "auto"
+        model = settings.pop("model", self.model)
+        return load_policy(str(model), backend=self.backend, lora=lora, **{**defaults, **settings})
+
+    def adapted(self, lora: LoraSettings | None = None, **settings: Any) -> LoadedPolicy:
+        """A policy whose adapter does something, as after training."""
+        from rlvr.backends.protocol import LoraSettings
+
+        policy = self.policy(lora or LoraSettings(r=4, alpha=8), **settings)
+        shake(policy.model)
+        return policy
+
+    def expect_refusal(self, what: str, lora: LoraSettings | None = None, **settings: Any) -> None:
+        """Loading must raise an error of ours; any other, or none, is a finding."""
+        with refusal(what):
+            self.policy(lora, **settings)
+
+    def folder(self) -> Path:
+        """A new, empty folder."""
+        return Path(tempfile.mkdtemp(dir=self.scratch))
+
+
+@contextmanager
+def refusal(what: str) -> Iterator[None]:
+    """The block must raise an `RlvrError`: that is how a user learns what cannot be had."""
+    try:
+        yield
+    except RlvrError:
+        return
+    except Exception as error:
+        raise CheckFailed(
+            f"{what} raised {type(error).__name__} ({first_line(error)}); it must be refused with an RlvrError that "
+            "names the setting."
+        ) from error
+    raise CheckFailed(f"{what} was accepted in silence; it must be refused with an RlvrError that names the setting.")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def shake(model: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None:
+    """Moves every trainable parameter by noise, so that an adapter stops being neutral."""
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_((scale * noise).to(parameter.device, parameter.dtype))
+
+
+def tokens(policy: LoadedPolicy) -> torch.Tensor:
+    """A few fixed texts as token ids, (B=3, T=24), on the policy's device."""
+    import torch
+
+    texts = (
+        "What is seventeen plus twenty-five? Think first, then give the number alone.",
+        "Name the capital of the country whose northernmost city is Hammerfest, please.",
+        "def area(radius): return 3.14159 * radius ** 2  # of a circle, in square metres",
+    )
+    ids = policy.tokenizer(list(texts))["input_ids"]
+    length = min(24, *map(len, ids))
+    return torch.tensor([row[:length] for row in ids], device=policy.model.device)
+
+
+def logits(context: Context, policy: LoadedPolicy, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """(B, T, V) in float32 on the CPU, from the model in inference mode."""
+    import torch
+
+    context.backend.for_inference(policy)
+    with torch.no_grad():
+        return policy.model(tokens(policy) if ids is None else ids).logits.float().cpu()
+
+
+def token_logprobs(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities in nats, (B, T-1), of the tokens after the first."""
+    return values[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None].cpu()).squeeze(-1)
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
+    """The layers that carry a LoRA, by the name that the layer has in the model without it."""
+    return {
+        plain_name(name): module
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer")
+    }
+
+
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace("base_layer.", "")
+
+
+def factors(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) of a layer's active adapter, in float32 on the CPU."""
+    adapter = layer.active_adapters[0]
+    a, b = (part[adapter].weight.detach().float().cpu() for part in (layer.lora_A, layer.lora_B))
+    return a, b

@@ -1,0 +1,242 @@
+"""The folder of a run.
+
+    config.yaml          the resolved settings: `rlvr train --config` repeats the run
+    versions.json        Python, packages, device and seeds
+    policy.json          what the backend applied and changed
+    metrics.jsonl        a row for each logged step
+    trajectories.jsonl   a row for each trajectory, evaluation included
+    checkpoints/         checkpoint-<step>
+    adapter/ or model/   the trained policy
+    summary.json         evaluation before and after, steps, time, tokens
+
+Nothing is written over: rows are appended, and a folder that holds another run is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlvr.errors import RunFolderError
+from rlvr.tracking.trajectories import TrajectoryRecord
+
+NEWEST = "last"  # --resume-from-checkpoint last
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder, for writing while it runs and for reading afterwards.
+
+    `resume_from` is the checkpoint that the run goes on from; None for a new run.
+    """
+
+    path: Path
+    resume_from: Path | None = None
+
+    @classmethod
+    def reserve(cls, path: str | Path, *, resume_from: Path | None = None) -> RunFolder:
+        """Makes the folder if need be, and checks that a run may write to it. Nothing is written yet.
+
+        Raises:
+            RunFolderError: it is not writable, or holds something and `resume_from` is None.
+        """
+        path = Path(path)
+        if not _is_main_process():
+            return cls(path, resume_from)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path):
+                pass
+            held = sorted(entry.name for entry in path.iterdir())
+        except OSError as error:
+            raise RunFolderError(
+                f"the output folder {str(path)!r} cannot be written to: {error.strerror or error}. "
+                "Choose another with --output-dir."
+            ) from error
+        if held and resume_from is None:
+            what = "another run" if "config.yaml" in held else f"other files ({', '.join(held[:3])})"
+            raise RunFolderError(
+                f"the output folder {str(path)!r} holds {what}, and nothing is written over. Choose another with "
+                "--output-dir or --run-name, or go on with the run: --resume-from-checkpoint last."
+            )
+        return cls(path, resume_from)
+
+    def release_if_unused(self) -> None:
+        """Takes back what `reserve` made, where the run was refused before it began."""
+        if _is_main_process() and self.path.is_dir() and not any(self.path.iterdir()):
+            self.path.rmdir()
+
+    def begin(self, config: Mapping[str, Any], *, seeds: Mapping[str, int], policy: Mapping[str, Any]) -> None:
+        """Writes what is known before the first step. A resumed run keeps its first files and adds numbered ones."""
+        import yaml
+
+        if not _is_main_process():
+            return
+        count = len(list(self.path.glob("config*.yaml")))
+        suffix = "" if count == 0 else f".resumed-{count}"
+        text = yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True)
+        self._write_new(f"config{suffix}.yaml", text)
+        self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
+        self._write_new(f"policy{suffix}.json", _json(policy, indent=2))
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def add_metrics(self, row: Mapping[str, Any]) -> None:
+        self._append("metrics.jsonl", [row])
+
+    def add_trajectories(self, records: Sequence[TrajectoryRecord]) -> None:
+        """A `TrajectorySink`."""
+        self._append("trajectories.jsonl", [record.as_json() for record in records])
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Replaces the summary of an earlier part of the same run."""
+        if _is_main_process():
+            (self.path / "summary.json").write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
+
+    def config(self) -> dict[str, Any]:
+        """The settings of the run; of its latest part, where it was resumed."""
+        import yaml
+
+        resumed = len(list(self.path.glob("config.resumed-*.yaml")))
+        name = f"config.resumed-{resumed}.yaml" if resumed else "config.yaml"
+        return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Rows in the order written; a resumed run may have gone through some steps twice."""
+        return self._rows("metrics.jsonl")
+
+    def trajectories(self) -> Iterator[dict[str, Any]]:
+        return self._rows("trajectories.jsonl")
+
+    def _write_new(self, name: str, text: str) -> None:
+        with open(self.path / name, "x", encoding="utf-8") as file:
+            file.write(text)
+
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        if _is_main_process():
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                file.writelines(_json(row) + "\n" for row in rows)
+
+    def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        path = self.path / name
+        if path.exists():
+            with open(path, encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+
+def find_checkpoint(asked: str, output_dir: str | Path | None) -> tuple[Path, Path]:
+    """The run folder and the checkpoint that `--resume-from-checkpoint` means.
+
+    Args:
+        asked: a checkpoint's folder, or "last" for the newest in `output_dir`.
+
+    Raises:
+        RunFolderError: there is nothing to resume from.
+    """
+    if asked != NEWEST:
+        checkpoint = Path(asked)
+        run = checkpoint.resolve().parent.parent
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise RunFolderError(
+                f"there is no checkpoint in {asked!r}: it has no trainer_state.json. Give a folder such as "
+                "outputs/my-run/checkpoints/checkpoint-100, or 'last' with --output-dir."
+            )
+        if output_dir is not None and Path(output_dir).resolve() != run:
+            raise RunFolderError(
+                f"the checkpoint {asked!r} belongs to the run in {str(run)!r}, and the output folder is "
+                f"{str(output_dir)!r}. Leave --output-dir out: a resumed run goes on in its own folder."
+            )
+        if not (run / "config.yaml").is_file():
+            raise RunFolderError(f"the checkpoint {asked!r} is in no run folder: {str(run)!r} has no config.yaml.")
+        return (Path(output_dir) if output_dir is not None else checkpoint.parent.parent), checkpoint
+    if output_dir is None:
+        raise RunFolderError(
+            "--resume-from-checkpoint last needs --output-dir or --run-name, to know whose newest checkpoint is meant."
+        )
+    found = {
+        int(match[1]): folder
+        for folder in Path(output_dir, "checkpoints").glob("checkpoint-*")
+        if (match := _CHECKPOINT.fullmatch(folder.name)) and (folder / "trainer_state.json").is_file()
+    }
+    if not found or not Path(output_dir, "config.yaml").is_file():
+        raise RunFolderError(
+            f"there is nothing to resume from: {str(output_dir)!r} holds no run with a checkpoint. "
+            "Leave --resume-from-checkpoint out to start anew."
+        )
+    return Path(output_dir), found[max(found)]
+
+
+PACKAGES = (
+    *("rlvr", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "wandb"),
+    *("unsloth", "unsloth_zoo", "vllm", "bitsandbytes", "flash-attn"),
+)
+
+
+def versions() -> dict[str, Any]:
+    """Python, platform, the installed packages that matter, and the devices."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": _devices(),
+    }
+
+
+def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration without the values of the environment's options that are keys or passwords by their names."""
+    options = config.get("env_options") or {}
+    kept = {name: "(not kept)" if _SECRET.search(name) else value for name, value in options.items()}
+    return {**config, "env_options": kept}
+
+
+def _devices() -> list[str]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["cpu"]
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _json(value: Any, **options: Any) -> str:
+    return json.dumps(_plain(value), ensure_ascii=False, allow_nan=False, **options)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it: NaN and infinity become null, tensors and NumPy numbers become numbers, the rest text."""
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(item) for item in value]
+    item = getattr(value, "item", None)
+    return _plain(item()) if item is not None and getattr(value, "ndim", 1) == 0 else str(value)

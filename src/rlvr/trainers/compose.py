@@ -1,0 +1,51 @@
+"""Which class a trainer is built on: found when an instance is made, not when a module is imported.
+
+Unsloth replaces `trl.GRPOTrainer` on a GPU by a class that does not inherit from TRL's. A trainer class that had
+inherited at import would miss the replacement, or its original, depending on the order of imports.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from rlvr.errors import PatchedProcessError
+
+
+def composed(cls: Any, base: Any) -> Any:
+    """`cls` on top of `base`, under the name of `cls`; `cls` itself where it has that base already."""
+    return cls if issubclass(cls, base) else _joined(cls, base)
+
+
+@functools.cache
+def _joined(cls: Any, base: Any) -> Any:
+    return type(cls.__name__, (cls, base), {"__module__": cls.__module__, "__doc__": cls.__doc__})
+
+
+def trl_trainer_class(model: Any) -> type:
+    """The `trl.GRPOTrainer` of this moment.
+
+    Raises:
+        PatchedProcessError: Unsloth has replaced it, and `model` is not Unsloth's: its trainer needs methods that
+            only its own models have, and would drop `peft_config` in silence.
+    """
+    import trl
+
+    base = trl.GRPOTrainer
+    if is_unsloth_class(base) and not is_unsloth_model(model):
+        raise PatchedProcessError(
+            "unsloth was imported in this process and has replaced trl.GRPOTrainer by its own class, which trains "
+            "Unsloth's models only. Load the model with FastLanguageModel (backend 'unsloth'), or restart the process "
+            "and do not import unsloth, or train in a process of its own: rlvr.train(..., isolate=True)."
+        )
+    return base
+
+
+def is_unsloth_class(trainer_class: type) -> bool:
+    """Whether a trainer class is one that Unsloth generated."""
+    return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in trainer_class.__mro__)
+
+
+def is_unsloth_model(model: Any) -> bool:
+    """Unsloth marks its models, wrapped in adapters or not, with these two methods."""
+    return callable(getattr(model, "for_training", None)) and callable(getattr(model, "for_inference", None))

@@ -1,0 +1,100 @@
+"""Which rollout engine a trainer uses, and why not a faster one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from rlvr.errors import ConfigError, UnsupportedSettingError
+from rlvr.rollout.engine import RolloutEngine, SamplingSettings
+
+if TYPE_CHECKING:
+    from rlvr.trainers.rollouts import RolloutMixin
+
+RolloutEngineName = Literal["auto", "generate", "grouped", "vllm"]
+ENGINES = ("auto", "generate", "grouped", "vllm")
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """`fallback`: why the grouped engine is not used, in one line; None where it is, or was not wanted."""
+
+    engine: RolloutEngine
+    fallback: str | None = None
+
+
+def choose_engine(trainer: RolloutMixin, asked: RolloutEngineName) -> EngineChoice:
+    """
+    Raises:
+        ConfigError: there is no engine of that name, or it contradicts `args.use_vllm`.
+        UnsupportedSettingError: "grouped" was asked for and cannot run this model or these options.
+    """
+    if asked not in ENGINES:
+        raise ConfigError(f"rollout_engine is {asked!r}; allowed: {', '.join(ENGINES)}.")
+    if asked == "vllm" and not trainer.args.use_vllm:
+        raise ConfigError("rollout_engine is 'vllm' and args.use_vllm is False; set GRPOConfig(use_vllm=True).")
+    if asked in ("generate", "grouped") and trainer.args.use_vllm:
+        raise ConfigError(f"rollout_engine is {asked!r} and args.use_vllm is True; leave one of them out.")
+    if trainer.args.use_vllm:
+        return EngineChoice(_plain(trainer, name="vllm"))
+    if asked == "generate":
+        return EngineChoice(_plain(trainer))
+    problem = grouped_problem(trainer)
+    if problem is None:
+        return EngineChoice(_grouped(trainer))
+    if asked == "grouped":
+        raise UnsupportedSettingError(
+            f"the grouped rollout engine cannot be used: {problem}. Use rollout_engine='auto' or 'generate'."
+        )
+    return EngineChoice(_plain(trainer), fallback=problem)
+
+
+def sampling_settings(args: Any) -> SamplingSettings:
+    """The sampling options of a `GRPOConfig`."""
+    return SamplingSettings(
+        temperature=args.temperature,
+        top_p=args.top_p,
+        top_k=args.top_k or 0,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+    )
+
+
+def grouped_problem(trainer: RolloutMixin) -> str | None:
+    """Why the grouped engine cannot serve this trainer, in one line; None if it can."""
+    from rlvr.rollout.grouped import GroupedEngine
+
+    args = trainer.args
+    options = [
+        name
+        for name in ("generation_kwargs", "cache_implementation", "use_transformers_continuous_batching")
+        if getattr(args, name, None)
+    ]
+    if options:
+        return f"{', '.join(options)} of GRPOConfig are for transformers' generate"
+    if args.deepspeed or args.fsdp:
+        return "the weights are sharded (DeepSpeed or FSDP)"
+    if not hasattr(trainer.processing_class, "convert_tokens_to_ids"):
+        return "the model reads images or sound"
+    return GroupedEngine.unsupported(_unwrapped(trainer), sampling_settings(args))
+
+
+def _plain(trainer: RolloutMixin, name: str = "generate") -> RolloutEngine:
+    from rlvr.rollout.generate import GenerateEngine
+
+    return GenerateEngine(trainer.sample_with_trl, end_token_ids=trainer.eos_token_ids, name=name)
+
+
+def _grouped(trainer: RolloutMixin) -> RolloutEngine:
+    from rlvr.rollout.grouped import GroupedEngine
+
+    return GroupedEngine(
+        _unwrapped(trainer),
+        sampling=sampling_settings(trainer.args),
+        eos_token_ids=trainer.eos_token_ids,
+        seed=trainer.args.seed + trainer.accelerator.process_index,  # every process samples for itself
+    )
+
+
+def _unwrapped(trainer: RolloutMixin) -> Any:
+    return trainer.accelerator.unwrap_model(trainer.model)

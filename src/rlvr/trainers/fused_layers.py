@@ -1,0 +1,266 @@
+"""RMS norm, rotary embedding and gated activation of a decoder as one kernel each, forward and backward.
+
+transformers computes each of them in five to ten elementwise kernels, which read and write the activations as often;
+with the matrix products of a long packed row they take about a third of an update's time. Here each is one autograd
+function, in Triton on CUDA and in plain torch elsewhere. Sums are taken in float32 and values rounded where the
+model's own code rounds them, save that rotation rounds once instead of three times.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+
+class NormStyle(NamedTuple):
+    """y = (shift + weight)·x/rms. `rounds`: x/rms is rounded to x's dtype first, and y has the dtype that the product
+    then has; otherwise y is rounded once, to x's dtype."""
+
+    shift: float
+    rounds: bool
+
+
+LLAMA, OLMO, GEMMA = NormStyle(0.0, True), NormStyle(0.0, False), NormStyle(1.0, False)
+NORMS = {
+    **{
+        f"{name}RMSNorm": LLAMA
+        for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Phi3", "Glm4", "Granite", "SmolLM3")
+    },
+    **{f"{name}RMSNorm": OLMO for name in ("Olmo2", "Olmo3")},
+    **{f"{name}RMSNorm": GEMMA for name in ("Gemma", "Gemma3")},
+}
+"""By class name: all whose formula was compared. A class not named here or below keeps its own forward."""
+GATED = frozenset(
+    f"{name}MLP"
+    for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma", "Gemma3")
+)
+PAIRED = frozenset({"Phi3MLP", "Glm4MLP"})  # gate and up in one product
+ROTARY = frozenset(
+    f"{name}Attention"
+    for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "SmolLM3", "Starcoder2", "Gemma", "Gemma3", "Phi3")
+)
+
+
+class _RmsNorm(torch.autograd.Function):
+    """x (n, width), weight (width,)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
+        dtype = torch.promote_types(x.dtype, weight.dtype) if style.rounds else x.dtype
+        if x.is_cuda:
+            from rlvr.trainers.fused_kernels import rms_norm
+
+            y, inverse = rms_norm(x, weight, eps, shift=style.shift, rounds=style.rounds, dtype=dtype)
+        else:
+            inverse = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
+            normed = x.float() * inverse[:, None]
+            y = (normed.to(x.dtype) * weight if style.rounds else normed * (weight.float() + style.shift)).to(dtype)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.shift = style.shift
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0] and x.is_cuda:
+            from rlvr.trainers.fused_kernels import rms_norm_backward
+
+            grad_x = rms_norm_backward(grad.contiguous(), x, weight, inverse, shift=ctx.shift)
+        elif ctx.needs_input_grad[0]:
+            normed = x.float() * inverse[:, None]
+            inner = grad.float() * (weight.float() + ctx.shift)
+            grad_x = (inverse[:, None] * (inner - normed * (inner * normed).mean(-1, keepdim=True))).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = (grad.float() * (x.float() * inverse[:, None])).sum(0).to(weight.dtype)
+        return grad_x, grad_weight, None, None
+
+
+class _Gated(torch.autograd.Function):
+    """act(gate)·up of rows (n, width)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.is_gelu = is_gelu
+        if gate.is_cuda:
+            from rlvr.trainers.fused_kernels import gated
+
+            return gated(gate, up, gelu=is_gelu)
+        return (gelu(gate, approximate="tanh") if is_gelu else silu(gate)) * up
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if gate.is_cuda:
+            from rlvr.trainers.fused_kernels import gated_backward
+
+            return *gated_backward(grad.contiguous(), gate, up, gelu=ctx.is_gelu), None
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = gelu(leaf, approximate="tanh") if ctx.is_gelu else silu(leaf)
+        (grad_gate,) = torch.autograd.grad(activated, leaf, (grad * up).to(activated.dtype))
+        return grad_gate, (grad * activated.detach()).to(up.dtype), None
+
+
+class _Rotary(torch.autograd.Function):
+    """x·cos + rotate_half(x)·sin of q (B, H, N, D) and k (B, H_kv, N, D); cos and sin (B or 1, N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtypes = q.dtype, k.dtype
+        dtypes = torch.promote_types(q.dtype, cos.dtype), torch.promote_types(k.dtype, cos.dtype)
+        return _rotated(q, k, cos, sin, dtypes, backward=False)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_rotated(grad_q, grad_k, cos, sin, ctx.dtypes, backward=True), None, None
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, torch.dtype], *, backward: bool
+) -> tuple[Tensor, Tensor]:
+    if q.is_cuda:
+        from rlvr.trainers.fused_kernels import rotary
+
+        q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+        return rotary(q, k, cos, sin, dtypes, backward=backward)
+    cos, sin = cos[:, None], sin[:, None]
+
+    def rotated(x: Tensor) -> Tensor:
+        if backward:  # the transposed rotation
+            first, second = (x * sin).chunk(2, -1)
+            return x * cos + torch.cat([second, -first], -1)
+        first, second = x.chunk(2, -1)
+        return x * cos + torch.cat([-second, first], -1) * sin
+
+    return rotated(q).to(dtypes[0]), rotated(k).to(dtypes[1])
+
+
+class _Forward:
+    """The fused forward of one layer. An object, so that in a copy of the model it belongs to the copied layer."""
+
+    def __init__(self, layer: nn.Module):
+        self.layer: Any = layer
+
+
+class _NormForward(_Forward):
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        eps = layer.eps if hasattr(layer, "eps") else layer.variance_epsilon
+        rows = x.reshape(-1, x.shape[-1])
+        return _RmsNorm.apply(rows.contiguous(), layer.weight, eps, NORMS[type(layer).__name__]).view(x.shape)
+
+
+class _GatedForward(_Forward):
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        return layer.down_proj(_gated(layer.gate_proj(x), layer.up_proj(x), layer.act_fn))
+
+
+class _PairedForward(_Forward):
+    def __call__(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        gate, up = layer.gate_up_proj(x).chunk(2, -1)
+        return layer.down_proj(_gated(gate, up, layer.activation_fn))
+
+
+class _RotaryForward(_Forward):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _with_fused_rotary(type(self.layer).forward)(self.layer, *args, **kwargs)
+
+
+def _gated(gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
+    is_gelu = type(activation).__name__ == "GELUTanh"
+    rows = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
+    return _Gated.apply(*rows, is_gelu).view(gate.shape)
+
+
+@cache
+def _with_fused_rotary(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The attention's own forward, but that the function it calls by the name of `apply_rotary_pos_emb` is ours."""
+    own = forward.__globals__["apply_rotary_pos_emb"]
+
+    def apply_rotary_pos_emb(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or cos.ndim != 3 or cos.shape[-1] != q.shape[-1]:
+            return own(q, k, cos, sin, *args, **kwargs)
+        return _Rotary.apply(q, k, cos, sin)
+
+    names = {**forward.__globals__, "apply_rotary_pos_emb": apply_rotary_pos_emb}
+    copied = types.FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    copied.__kwdefaults__ = forward.__kwdefaults__
+    return copied
+
+
+def fuse_layers(model: nn.Module) -> int:
+    """Computes the model's norms, rotations and gated activations in this way from now on. Idempotent;
+    `unfuse_layers` takes it back. Layers that are unknown, or patched by somebody, stay as they are.
+
+    Returns:
+        How many layers are fused.
+    """
+    for module in model.modules():
+        kind = _forward_class(module)
+        if kind is not None and "forward" not in module.__dict__:
+            module.__dict__["forward"] = kind(module)
+    return sum(isinstance(module.__dict__.get("forward"), _Forward) for module in model.modules())
+
+
+def unfuse_layers(model: nn.Module) -> None:
+    """Gives the layers their own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _Forward):
+            del module.__dict__["forward"]
+
+
+class FusedForwards:
+    """The fused forwards of a model, LoRA layers included, found once: putting them in and out costs nothing."""
+
+    def __init__(self, model: nn.Module):
+        from rlvr.trainers.fused_lora import fuse_lora, unfuse_lora
+
+        own = {module for module in model.modules() if "forward" in module.__dict__}
+        fuse_layers(model)
+        fuse_lora(model)
+        self._forwards = [
+            (module, module.__dict__["forward"])
+            for module in model.modules()
+            if "forward" in module.__dict__ and module not in own
+        ]
+        unfuse_layers(model)
+        unfuse_lora(model)
+
+    def put_in(self) -> None:
+        for module, forward in self._forwards:
+            module.__dict__.setdefault("forward", forward)
+
+    def take_out(self) -> None:
+        for module, forward in self._forwards:
+            if module.__dict__.get("forward") is forward:
+                del module.__dict__["forward"]
+
+
+def _forward_class(module: Any) -> type[_Forward] | None:
+    kind, name = type(module), type(module).__name__
+    if not kind.__module__.startswith("transformers.models.") or kind.forward.__module__ != kind.__module__:
+        return None
+    if name in NORMS:
+        return _NormForward
+    activation = getattr(module, "act_fn" if name in GATED else "activation_fn", None)
+    gate_known = isinstance(activation, nn.SiLU) or type(activation).__name__ in ("SiLUActivation", "GELUTanh")
+    if name in GATED | PAIRED and gate_known:
+        return _GatedForward if name in GATED else _PairedForward
+    if name in ROTARY and "apply_rotary_pos_emb" in kind.forward.__code__.co_names:
+        return _RotaryForward
+    return None

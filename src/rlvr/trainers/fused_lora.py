@@ -1,0 +1,104 @@
+"""LoRA linear layers in fewer, smaller kernels: y = x Wᵀ + b + s (x Aᵀ) Bᵀ as one differentiable function.
+
+PEFT keeps adapters in float32 and computes them apart: the input is copied to float32 and back for every
+layer, and the adapter's output, as large as the layer's, is scaled, added and rounded in kernels of its own.
+Here the low-rank product is accumulated into the layer's output by the matrix product itself, and layers that
+share an input share what is kept of it for the backward pass. Same mathematics; under autocast also the same
+precision, since autocast runs PEFT's products in half precision too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x (n, in), W (out, in), b (out,) or None, A (r, in), B (out, r); W and b are frozen."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
+    ) -> Tensor:
+        low_rank_a, low_rank_b = a.to(x.dtype), b.to(x.dtype)
+        hidden = x @ low_rank_a.t()
+        output = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+        output.addmm_(hidden, low_rank_b.t(), alpha=scaling)
+        ctx.save_for_backward(x, weight, low_rank_a, low_rank_b, hidden)
+        ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, a, b, hidden = ctx.saved_tensors
+        grad_hidden = (grad @ b).mul_(ctx.scaling)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_hidden, a)
+        grad_a = (grad_hidden.t() @ x).to(ctx.adapter_dtype)
+        grad_b = (grad.t() @ hidden).mul_(ctx.scaling).to(ctx.adapter_dtype)
+        return grad_x, None, None, grad_a, grad_b, None
+
+
+def fuse_lora(model: nn.Module) -> int:
+    """Computes the model's plain LoRA layers in this way from now on. Idempotent; `unfuse_lora` takes it
+    back.
+
+    A layer decides at every call: where dropout, DoRA, a merged, disabled or second adapter, a trained base
+    weight or unlike dtypes are in the way, PEFT's own forward runs.
+
+    Returns:
+        How many layers there are.
+    """
+    layers = [module for module in model.modules() if type(module) is LoraLinear]
+    for layer in layers:
+        if "forward" not in layer.__dict__:
+            layer.__dict__["forward"] = _Forward(layer)
+    return len(layers)
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Gives PEFT's layers their own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), _Forward):
+            del module.forward
+
+
+class _Forward:
+    """The forward of one layer. An object, so that in a copy of the model it belongs to the copied layer."""
+
+    def __init__(self, layer: LoraLinear):
+        self.layer = layer
+
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.layer
+        adapter = None if args or kwargs else _only_adapter(layer)
+        if adapter is None:
+            return LoraLinear.forward(layer, x, *args, **kwargs)
+        base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+        elif x.dtype == base.weight.dtype == a.dtype == b.dtype:
+            dtype = x.dtype
+        else:
+            return LoraLinear.forward(layer, x)
+        bias = None if base.bias is None else base.bias.to(dtype)
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
+        output = _LoraProduct.apply(flat, base.weight.to(dtype), bias, a, b, layer.scaling[adapter])
+        return output.view(*x.shape[:-1], -1)
+
+
+def _only_adapter(layer: LoraLinear) -> str | None:
+    """The name of the one active adapter, if the layer is now nothing but W, b, A and B."""
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
+        return None
+    base, dropout, b = layer.base_layer, layer.lora_dropout[active[0]], layer.lora_B[active[0]]
+    frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+    drops = layer.training and getattr(dropout, "p", 0.0) > 0
+    plain = type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+    return active[0] if plain and frozen and not drops and b.bias is None else None

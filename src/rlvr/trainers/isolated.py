@@ -1,0 +1,119 @@
+"""Trains in a child process, for a process that another backend has patched: `rlvr.train(..., isolate=True)`.
+
+The child gets the settings as JSON. What it writes appears here line by line, and what stops it is raised here as the
+same error. The trained policy stays in the run folder.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rlvr import errors
+from rlvr.config import TrainSettings, processes
+from rlvr.errors import ConfigError, RlvrError, TrainingProcessError
+from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers.run import Run, train_with
+
+# Unsloth exports it when it makes a trainer; the child's backend would train in that precision, whatever is asked.
+_LEFT_BEHIND = ("ACCELERATE_MIXED_PRECISION",)
+
+
+def train_isolated(settings: TrainSettings, **given: Any) -> Run:
+    """Trains as resolved settings say, in a process of its own. The policy of the run is None: it is in the folder.
+
+    Args:
+        given: what `rlvr.train` was given as objects, by the names of its parameters. There may be none.
+
+    Raises:
+        ConfigError: something cannot be sent to another process; all problems at once.
+        RlvrError: what kept the run from starting or stopped it, of the same class as without isolation.
+        TrainingProcessError: the process crashed or was killed.
+    """
+    problems = [f"isolate=True trains in another process, which cannot get {name}: {_FIX[name]}." for name in given]
+    if processes() > 1:
+        problems.append("isolate=True is for one training process; leave it out under torchrun and accelerate.")
+    try:
+        text = json.dumps({"settings": settings.as_dict(), "log_level": _log_level()})
+    except TypeError as error:
+        problems.append(f"isolate=True sends settings as JSON to another process, and one cannot be sent: {error}.")
+    if problems:
+        raise ConfigError(problems)
+    with tempfile.TemporaryDirectory(prefix="rlvr-") as folder:  # readable for its owner only
+        Path(folder, "task.json").write_text(text, encoding="utf-8")
+        last_lines, code = _run_child(folder)
+        failure = Path(folder, "error.json")
+        if failure.exists():
+            raise _error_from(json.loads(failure.read_text(encoding="utf-8")))
+    if code != 0:
+        how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
+        raise TrainingProcessError(f"the training process {how}. Its last lines:\n{''.join(last_lines)}")
+    assert settings.output_dir is not None
+    run = RunFolder(Path(settings.output_dir))
+    return Run(run.path, run.summary(), policy=None)
+
+
+_FIX = {
+    "env": "give the environment by name, with env_options",
+    "model": "give the model's id or folder",
+    "backend": "give the backend's name",
+    "callbacks": "leave them out, or read metrics.jsonl of the run folder",
+}
+
+
+def _run_child(folder: str) -> tuple[list[str], int]:
+    """Runs it to its end, its output passed on; the last lines and the exit code (minus the signal if killed)."""
+    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_BEHIND}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # modules beside a script too
+    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "rlvr.trainers.isolated", folder]
+    lines: list[str] = []
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+    ) as process:
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", file=sys.stderr, flush=True)
+                lines = [*lines[-19:], line]
+        except BaseException:  # above all an interrupted cell: the child is not left behind
+            process.terminate()
+            raise
+    return lines, process.returncode
+
+
+def _error_from(failure: dict[str, Any]) -> RlvrError:
+    return getattr(errors, failure["type"])(failure["message"])
+
+
+def _as_failure(error: RlvrError) -> dict[str, Any]:
+    """A stranger's subclass travels as the nearest class of ours."""
+    ours = next(cls for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
+    return {"type": ours.__name__, "message": error.problems if isinstance(error, ConfigError) else str(error)}
+
+
+def _log_level() -> int:
+    return logging.getLogger("rlvr").getEffectiveLevel()
+
+
+def _child(folder: Path) -> int:
+    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s")
+    for name in ("rlvr", "rlvr_unsloth"):
+        logging.getLogger(name).setLevel(task["log_level"])
+    try:
+        train_with(TrainSettings(**task["settings"]))
+    except RlvrError as error:
+        (folder / "error.json").write_text(json.dumps(_as_failure(error)), encoding="utf-8")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_child(Path(sys.argv[1])))

@@ -1,0 +1,159 @@
+"""How `EnhancedGRPOTrainer` makes completions: the engine, environments, the canary."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rlvr.types import StopReason, Trajectory
+
+if TYPE_CHECKING:
+    _Base: Any  # trl.GRPOTrainer, found when an instance is made
+
+    from rlvr.environments.base import Environment
+    from rlvr.rollout.engine import RolloutEngine
+    from rlvr.trainers.engines import RolloutEngineName
+    from rlvr.types import Example
+else:
+    _Base = object
+
+logger = logging.getLogger(__name__)
+
+
+class RolloutMixin(_Base):
+    """The part of the trainer that samples. `super()` is TRL's trainer."""
+
+    env: Environment | None
+    engine: RolloutEngine
+    _batch_examples: list[Example]
+
+    def _set_up_rollouts(self, rollout_engine: RolloutEngineName, canary_every: int) -> None:
+        from rlvr.trainers.engines import choose_engine
+
+        choice = choose_engine(self, rollout_engine)
+        self.engine = choice.engine
+        self._canary_every, self._canary_due = canary_every, 0
+        if choice.fallback:
+            logger.warning("rollouts use plain generate, not the grouped engine: %s.", choice.fallback)
+        if self.env is not None:
+            from rlvr.rollout.chat import ChatRenderer
+
+            self._renderer = ChatRenderer(
+                self.processing_class, tools=self.env.tools, chat_template_kwargs=self.chat_template_kwargs
+            )
+
+    def sample_with_trl(
+        self, full_ids: list[list[int]], max_new_tokens: list[int]
+    ) -> tuple[list[list[int]], list[list[float]] | None]:
+        """One batch through TRL's own sampling (transformers, continuous batching or vLLM, as `args` say)."""
+        config = getattr(self, "generation_config", None)  # absent with vLLM, which has its own limit
+        if config is None:
+            return super()._generate_single_turn(full_ids, None, {}, 1)
+        limit, config.max_new_tokens = config.max_new_tokens, max(max_new_tokens)
+        try:
+            return super()._generate_single_turn(full_ids, None, {}, 1)
+        finally:
+            config.max_new_tokens = limit
+
+    def _generate_single_turn(self, prompt_ids: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        """What TRL samples by itself, without an environment: through the grouped engine where that is the choice."""
+        from rlvr.rollout.engine import sample_all
+        from rlvr.rollout.grouped import GroupedEngine
+
+        if images is not None:
+            return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+        logprobs: list[Any] | None
+        if isinstance(self.engine, GroupedEngine):
+            turns = sample_all(self.engine, prompt_ids, max_completion_tokens=self.max_completion_length)
+            ids, logprobs = [turn.token_ids for turn in turns], None
+            recorded = [turn.logprobs for turn in turns]
+        else:
+            ids, logprobs = super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
+            recorded = [None] * len(ids) if logprobs is None else logprobs
+        self._check_sampler(prompt_ids, ids, [[1] * len(row) for row in ids], recorded)
+        return ids, logprobs
+
+    def _generate(self, prompts: list[Any]) -> Any:
+        start = time.perf_counter()
+        output = super()._generate(prompts)
+        self._metrics["train" if self.model.training else "eval"]["rollout_time"].append(time.perf_counter() - start)
+        return output
+
+    def _check_sampler(
+        self,
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        sampled_mask: list[list[int]],
+        logprobs: list[list[float] | None],
+    ) -> None:
+        """The canary: at the first rollout, and every `canary_every` steps if asked."""
+        if not self.model.training or self.state.global_step < self._canary_due:
+            return
+        if self.use_vllm and (self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1):
+            return  # vLLM gives log-probabilities of the truncated distribution: not comparable
+        from rlvr.trainers.canary import check_sampler, probe, shortest
+        from rlvr.trainers.reference import dropout_off
+
+        self._canary_due = self.state.global_step + self._canary_every if self._canary_every else sys.maxsize
+        rows = shortest(prompt_ids, completion_ids)
+        prompts = [prompt_ids[row] for row in rows]
+        completions, masks = [completion_ids[row] for row in rows], [sampled_mask[row] for row in rows]
+        recorded = [values for row in rows if (values := logprobs[row]) is not None]
+        with dropout_off(self.accelerator.unwrap_model(self.model)):  # engines sample without dropout
+            if len(recorded) < len(rows):
+                completions, recorded = probe(self, prompts)
+                masks = [[1] * len(ids) for ids in completions]
+            drift = check_sampler(self, prompts, completions, masks, recorded)
+        self._metrics["train"]["sampler_drift"].append(drift.mean_difference)
+
+    def _play_environment(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
+        """TRL's `rollout_func`: plays the batch's examples to their ends."""
+        from rlvr.rollout.episodes import play
+
+        assert self.env is not None
+        rollouts = play(
+            self.env,
+            self._batch_examples,
+            engine=self.engine,
+            renderer=self._renderer,
+            max_completion_tokens=self.max_completion_length,
+        )
+        self._log_rollouts([rollout.trajectory for rollout in rollouts])
+        prompt_ids = [rollout.prompt_ids for rollout in rollouts]
+        completion_ids = [rollout.completion_ids for rollout in rollouts]
+        masks = [rollout.sampled_mask for rollout in rollouts]
+        logprobs = [rollout.logprobs for rollout in rollouts]
+        self._check_sampler(prompt_ids, completion_ids, masks, logprobs)
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": logprobs if self.use_vllm and None not in logprobs else None,
+            "env_mask": masks,
+            "trajectory": [rollout.trajectory for rollout in rollouts],
+        }
+
+    def _log_rollouts(self, trajectories: list[Trajectory]) -> None:
+        """Shares of stop reasons, turns and tool calls over all processes, as metrics of this batch."""
+        import torch
+
+        reasons = Counter(trajectory.stop_reason for trajectory in trajectories)
+        counts = [
+            *(reasons[reason] for reason in StopReason),
+            sum(len(t.turns) for t in trajectories),
+            sum(len(t.tool_calls) for t in trajectories),
+            sum(t.failed_calls for t in trajectories),
+            len(trajectories),
+        ]
+        local = torch.tensor([counts], dtype=torch.float32, device=self.accelerator.device)
+        *by_reason, turns, calls, failures, total = self.accelerator.gather(local).sum(dim=0).tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for reason, count in zip(StopReason, by_reason, strict=True):
+            metrics[f"stop_reason/{reason}"].append(count / total)
+        metrics["turns"].append(turns / total)
+        assert self.env is not None
+        if self.env.tools:
+            metrics["tools/call_frequency"].append(calls / total)
+            metrics["tools/failure_frequency"].append(failures / calls if calls else 0.0)

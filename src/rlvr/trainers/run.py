@@ -1,0 +1,389 @@
+"""One training run, from settings to a trained policy. `rlvr train` and `rlvr.train` are this."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from rlvr.backends.protocol import LoadedPolicy, ModelBackend
+from rlvr.config import TrainSettings, merge, read_config, settings_from
+from rlvr.environments.base import Environment
+from rlvr.errors import ConfigError, DataError
+from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
+from rlvr.tracking.run_folder import RunFolder, find_checkpoint
+from rlvr.trainers.evaluate import Evaluator, loaded_policy_problems
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `folder` holds everything; see `rlvr.tracking.run_folder`.
+
+    `policy` is None after `isolate=True`: `load_backend(...).load_saved(run.folder / "adapter", ...)` loads it.
+    """
+
+    folder: Path
+    summary: dict[str, Any]
+    policy: LoadedPolicy | None
+
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """A row for each logged step."""
+        return RunFolder(self.folder).metrics()
+
+    def trajectories(self) -> Iterator[dict[str, Any]]:
+        """A row for each trajectory, evaluation included."""
+        return RunFolder(self.folder).trajectories()
+
+
+def train(
+    env: str | Environment | None = None,
+    model: str | Path | LoadedPolicy | None = None,
+    backend: str | ModelBackend | None = None,
+    *,
+    env_options: Mapping[str, Any] | None = None,
+    config: str | Path | None = None,
+    callbacks: Sequence[Any] = (),
+    isolate: bool = False,
+    **settings: Any,
+) -> Run:
+    """Trains a policy on an environment.
+
+        run = rlvr.train("arithmetic", "Qwen/Qwen2.5-0.5B-Instruct", max_steps=100, env_options={"levels": "2"})
+        print(run.summary["eval_before"], run.summary["eval_after"])
+
+    Args:
+        env: a name from `rlvr environments`, or an `Environment`.
+        model: a model id, a folder, or a policy that was loaded before. The latter is trained as it is: no adapter
+            is put on it.
+        backend: a name from `rlvr backends`, or a backend; None for RLVR_BACKEND, else "hf".
+        env_options: the environment's own options, where `env` is a name.
+        config: a YAML file of settings; those given here win.
+        callbacks: more `transformers.TrainerCallback`s.
+        isolate: train in a child process, whose output appears here. For a process that another backend has patched;
+            environment, model and backend are then given by name.
+        settings: the fields of `rlvr.config.TrainSettings`, in the names of the command line.
+
+    Raises:
+        RlvrError: anything that keeps the run from starting, before the model is loaded where that can be known.
+    """
+    named = {
+        "env": env.name if isinstance(env, Environment) else env,
+        "env_options": dict(env_options) if env_options else None,
+        "model": model.settings.model if isinstance(model, LoadedPolicy) else model,
+        "backend": backend if isinstance(backend, str) or backend is None else _backend_name(backend),
+    }
+    layers = [read_config(config)] if config is not None else []
+    layers += [{name: value for name, value in named.items() if value is not None}, settings]
+    resolved = resolve_settings(*layers)
+    if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, settings)):
+        raise ConfigError(problems)
+    if isolate:
+        from rlvr.trainers.isolated import train_isolated
+
+        objects = {"env": env, "model": model, "backend": backend, "callbacks": callbacks or None}
+        named_kinds = (str, Path, type(None))
+        return train_isolated(
+            resolved, **{name: value for name, value in objects.items() if not isinstance(value, named_kinds)}
+        )
+    return train_with(
+        resolved,
+        environment=env if isinstance(env, Environment) else None,
+        backend=backend if not isinstance(backend, str) else None,
+        policy=model if isinstance(model, LoadedPolicy) else None,
+        callbacks=callbacks,
+    )
+
+
+def resolve_settings(*layers: Mapping[str, Any]) -> TrainSettings:
+    """The settings that `layers` give, later ones winning, with everything filled in that follows from them.
+
+    A run that is resumed starts from its own `config.yaml`.
+
+    Raises:
+        ConfigError: unknown or impossible settings, or no environment or model; all problems at once.
+        RunFolderError: there is nothing to resume from.
+    """
+    merged = merge(*layers)
+    asked = merged.get("resume_from_checkpoint")
+    if asked:
+        output_dir = merged.get("output_dir") or _default_output_dir(merged.get("run_name"))
+        run, checkpoint = find_checkpoint(str(asked), output_dir)
+        here = {"output_dir": str(run), "resume_from_checkpoint": str(checkpoint)}
+        layers = (RunFolder(run).config(), *layers, here)
+    settings = settings_from(*layers, required=("env", "model")).resolved()
+    backend = settings.backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKEND
+    run_name = settings.run_name or _new_run_name(settings, backend)
+    return replace(
+        settings,
+        backend=backend,
+        run_name=run_name,
+        output_dir=settings.output_dir or _default_output_dir(run_name),
+    )
+
+
+def train_with(
+    settings: TrainSettings,
+    *,
+    environment: Environment | None = None,
+    backend: ModelBackend | None = None,
+    policy: LoadedPolicy | None = None,
+    callbacks: Sequence[Any] = (),
+) -> Run:
+    """Trains as resolved settings say; see `resolve_settings`. What is given as an object is not loaded."""
+    from rlvr.plugins.manager import load_backend, load_environment
+    from rlvr.tracking.reporting import reporting
+
+    assert settings.output_dir is not None
+    assert settings.env is not None
+    _check_services(settings)
+    resume_from = settings.resume_from_checkpoint
+    checkpoint = Path(resume_from) if resume_from else None
+    folder = RunFolder.reserve(settings.output_dir, resume_from=checkpoint)
+    try:
+        # The backend comes first: it may have to be imported before what an environment imports.
+        backend = load_backend(backend if backend is not None else settings.backend)
+        environment = load_environment(environment or settings.env, **settings.env_options)
+        policy = policy or _load_policy(settings, backend)
+        rows = training_rows(environment, policy, settings)
+        arguments, changes = training_arguments(settings, policy, backend, folder)
+        with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
+            folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
+            arguments["report_to"] = trackers
+            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks)
+    finally:
+        folder.release_if_unused()
+
+
+def _train(
+    settings: TrainSettings,
+    environment: Environment,
+    backend: ModelBackend,
+    policy: LoadedPolicy,
+    rows: Sequence[Any],
+    arguments: dict[str, Any],
+    folder: RunFolder,
+    callbacks: Sequence[Any],
+) -> Run:
+    from transformers import PrinterCallback
+    from trl import GRPOConfig
+
+    from rlvr.tracking.progress import MetricsRows, ProgressDisplay
+    from rlvr.trainers import EnhancedGRPOTrainer
+
+    evaluator = Evaluator(
+        environment, backend, policy, settings, keep=folder.add_trajectories, add_row=folder.add_metrics
+    )
+    progress = ProgressDisplay()
+    trainer = EnhancedGRPOTrainer(
+        model=policy.model,
+        processing_class=policy.tokenizer,
+        env=environment,
+        train_dataset=rows,
+        args=GRPOConfig(**arguments),
+        callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
+        rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
+        shared_prefix=settings.shared_prefix,  # type: ignore[arg-type]
+        canary_every=settings.canary_every,
+        trajectory_sinks=[folder.add_trajectories],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if settings.eval_every:
+        trainer.add_callback(evaluator.callback(every=settings.eval_every, trainer=trainer))
+
+    began = time.monotonic()
+    before = evaluator.run(step=0) if settings.resume_from_checkpoint is None else None
+    try:
+        trainer.train(resume_from_checkpoint=settings.resume_from_checkpoint)
+    finally:
+        progress.close()
+    after = evaluator.run(step=trainer.state.global_step)
+    if trainer.is_world_process_zero():
+        backend.save(policy, folder.path / ("model" if policy.settings.full_finetuning else "adapter"))
+    summary = {
+        **_training_facts(trainer, settings, environment),
+        "seconds": time.monotonic() - began,
+        "eval_before": before.metrics if before else _earlier_evaluation(folder),
+        "eval_after": after.metrics if after else {},
+    }
+    folder.write_summary(summary)
+    if settings.push_to_hub:
+        _push(policy, settings)
+    return Run(folder.path, summary, policy)
+
+
+def training_rows(environment: Environment, policy: LoadedPolicy, settings: TrainSettings) -> Sequence[Any]:
+    """The training examples whose prompts fit `max_prompt_length`.
+
+    Raises:
+        DataError: none fits, or fewer than the prompts of one step.
+    """
+    from rlvr.rollout.chat import ChatRenderer
+
+    renderer = ChatRenderer(policy.tokenizer, tools=environment.tools)
+    dataset = environment.train_dataset
+    fitting = [
+        index
+        for index in range(len(dataset))
+        if len(renderer.prompt_ids(environment.messages(dataset[index]))) <= settings.max_prompt_length
+    ]
+    left_out = len(dataset) - len(fitting)
+    if not fitting:
+        raise DataError(
+            f"every prompt of environment {environment.name!r} is longer than max_prompt_length "
+            f"{settings.max_prompt_length} tokens. Raise --max-prompt-length."
+        )
+    if left_out:
+        logger.warning(
+            "%d of %d examples are left out: their prompts are longer than max_prompt_length %d tokens.",
+            *(left_out, len(dataset), settings.max_prompt_length),
+        )
+    if len(fitting) < (settings.prompts_per_step or 1):
+        raise DataError(
+            f"environment {environment.name!r} has {len(fitting)} training examples, and a step takes "
+            f"{settings.prompts_per_step} different prompts. Lower --prompts-per-step, or bring more examples."
+        )
+    return dataset if not left_out else [dataset[index] for index in fitting]
+
+
+def training_arguments(
+    settings: TrainSettings, policy: LoadedPolicy, backend: ModelBackend, folder: RunFolder
+) -> tuple[dict[str, Any], list[Any]]:
+    """The keywords for `trl.GRPOConfig`, and the changes to them that the backend asked for.
+
+    Every value that matters is stated: Unsloth replaces the defaults.
+    """
+    in_half = {str(parameter.dtype).removeprefix("torch.") for parameter in policy.model.parameters()}
+    on_gpu = policy.model.device.type == "cuda"
+    arguments = {
+        "output_dir": str(folder.checkpoints),
+        "run_name": settings.run_name,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        "per_device_train_batch_size": settings.batch_size,
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "num_generations": settings.num_generations,
+        "num_iterations": settings.num_iterations,
+        "max_completion_length": settings.max_tokens,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "top_k": settings.top_k,
+        "min_p": settings.min_p,
+        "repetition_penalty": settings.repetition_penalty,
+        "max_steps": settings.max_steps if settings.max_steps is not None else -1,
+        "num_train_epochs": settings.num_epochs,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "warmup_steps": settings.warmup_steps,
+        "weight_decay": settings.weight_decay,
+        "max_grad_norm": settings.max_grad_norm,
+        "optim": "adamw_torch",
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.999,
+        "loss_type": settings.loss_type,
+        "scale_rewards": settings.scale_rewards,
+        "beta": settings.kl_beta,
+        "bf16": on_gpu and "bfloat16" in in_half,
+        "fp16": on_gpu and "float16" in in_half,
+        "gradient_checkpointing": settings.gradient_checkpointing,
+        "logging_strategy": "steps",
+        "logging_steps": settings.logging_steps,
+        "save_strategy": "steps",
+        "save_steps": settings.save_steps,
+        "eval_strategy": "no",  # evaluation is ours: see evaluate.py
+        "disable_tqdm": True,
+        "use_cpu": not on_gpu,
+        "use_vllm": settings.rollout_engine == "vllm",
+    }
+    if settings.rollout_engine == "vllm":
+        arguments["vllm_mode"] = "colocate"
+        arguments["vllm_enable_sleep_mode"] = True  # its memory is given back while the policy trains
+        arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization
+    changes = [
+        change for change in backend.training_arguments(policy) if arguments.get(change.name, _ABSENT) != change.value
+    ]
+    for change in changes:
+        logger.info("backend %s sets %s=%r: %s", settings.backend, change.name, change.value, change.reason)
+        arguments[change.name] = change.value
+    return arguments, changes
+
+
+_ABSENT = object()
+
+
+def _load_policy(settings: TrainSettings, backend: ModelBackend) -> LoadedPolicy:
+    from rlvr.backends import load_policy
+
+    return load_policy(backend=backend, lora=settings.lora_settings(), **asdict(settings.model_settings()))
+
+
+def _training_facts(trainer: Any, settings: TrainSettings, environment: Environment) -> dict[str, Any]:
+    return {
+        "environment": environment.name,
+        "model": settings.model,
+        "backend": settings.backend,
+        "rollout_engine": trainer.engine.name,
+        "shared_prefix": trainer.shares_prefix,
+        "token_ratio_saved": trainer.token_ratio_saved,
+        "steps": trainer.state.global_step,
+        "tokens": int(trainer.state.num_input_tokens_seen),
+    }
+
+
+def _policy_facts(policy: LoadedPolicy, changes: Sequence[Any]) -> dict[str, Any]:
+    return {
+        "model": asdict(policy.settings),
+        "lora": asdict(policy.lora) if policy.lora is not None else None,
+        "notes": list(policy.notes),
+        "training_arguments_changed": [asdict(change) for change in changes],
+    }
+
+
+def _earlier_evaluation(folder: RunFolder) -> dict[str, float]:
+    """A resumed run was evaluated before its first step; the first row says how."""
+    rows = (row["evaluation"] for row in folder.metrics() if "evaluation" in row)
+    return next(rows, {})
+
+
+def _check_services(settings: TrainSettings) -> None:
+    """Refuses at once what would fail hours later, or with an error of another library."""
+    from rlvr.tracking.reporting import chosen_trackers
+
+    chosen_trackers(settings.report_to)
+    if settings.rollout_engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout_engine is 'vllm', and vLLM is not installed. Install it with 'pip install \"rlvr[vllm]\"', "
+            "or use --rollout-engine auto."
+        )
+    if settings.push_to_hub:
+        from huggingface_hub import get_token
+
+        if get_token() is None:
+            raise ConfigError("push_to_hub is on, and no Hugging Face token was found. Log in with 'hf auth login'.")
+
+
+def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
+    name = settings.hub_model_id or settings.run_name
+    for part in (policy.model, policy.tokenizer):
+        part.push_to_hub(name)  # type: ignore[arg-type]
+
+
+def _backend_name(backend: ModelBackend) -> str:
+    return getattr(backend, "name", type(backend).__name__)
+
+
+def _new_run_name(settings: TrainSettings, backend: str) -> str:
+    parts = [settings.env, Path(settings.model or "").name, backend, time.strftime("%Y%m%d-%H%M%S")]
+    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+
+
+def _default_output_dir(run_name: str | None) -> str | None:
+    return str(Path("outputs") / run_name) if run_name else None

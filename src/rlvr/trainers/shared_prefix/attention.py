@@ -1,0 +1,271 @@
+"""Attention over packed rows: a trunk attends to itself, a branch to its trunk and itself, all causally.
+
+The function is registered with transformers as `<the model's own>+shared_prefix`. A forward that carries a
+`TreeLayout` (the keyword argument `shared_prefix`) is computed here; every other forward, generation
+included, goes to the model's own attention, so the registration can stay for the model's life. It has to:
+with gradient checkpointing, layers are computed again in the backward pass, after the forward has returned.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from rlvr.trainers.shared_prefix.packing import Group
+
+SUFFIX = "+shared_prefix"
+FLASH_DTYPES = (torch.bfloat16, torch.float16)
+FLASH_HEADS = range(8, 257, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TreeLayout:
+    """What attention needs to know of a packed row, computed once for all layers.
+
+    For the variable-length flash kernel the tree is a list of segments, each causal and aligned to the end of
+    its keys: a trunk's queries see the trunk, a branch's queries see its trunk and then itself.
+
+    Attributes:
+        query_starts, key_starts: (segments + 1,) int32, cumulative segment lengths.
+        key_index: (M,), the packed position of every key, segment by segment; trunks repeat.
+        longest_query, longest_key: of any segment.
+        branch_index: for each group (branches, longest branch), the packed positions of its branches, the
+            last one repeated at the end of shorter branches; None where all are equally long.
+        branch_select: for each such group, where its branch tokens are in the flattened `branch_index`.
+        flash: use the variable-length flash kernel (CUDA, half precision) rather than SDPA by group.
+    """
+
+    groups: tuple[Group, ...]
+    query_starts: Tensor
+    key_starts: Tensor
+    key_index: Tensor
+    longest_query: int
+    longest_key: int
+    branch_index: tuple[Tensor | None, ...]
+    branch_select: tuple[Tensor | None, ...]
+    flash: bool
+
+    @classmethod
+    def of(cls, groups: tuple[Group, ...], device: torch.device, *, flash: bool = True) -> TreeLayout:
+        query_lengths, key_lengths, keys = [], [], []
+        for group in groups:
+            trunk = torch.arange(group.start, group.start + group.trunk)
+            query_lengths.append(group.trunk)
+            key_lengths.append(group.trunk)
+            keys.append(trunk)
+            start = group.start + group.trunk
+            for length in group.branches:
+                query_lengths.append(length)
+                key_lengths.append(group.trunk + length)
+                keys += [trunk, torch.arange(start, start + length)]
+                start += length
+        padded = [_branch_index(group) for group in groups]
+        return cls(
+            groups=groups,
+            query_starts=_cumulative(query_lengths).to(device),
+            key_starts=_cumulative(key_lengths).to(device),
+            key_index=torch.cat(keys).to(device),
+            longest_query=max(query_lengths),
+            longest_key=max(key_lengths),
+            branch_index=tuple(None if pair is None else pair[0].to(device) for pair in padded),
+            branch_select=tuple(None if pair is None else pair[1].to(device) for pair in padded),
+            flash=flash and device.type == "cuda",
+        )
+
+
+def _cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
+def _branch_index(group: Group) -> tuple[Tensor, Tensor] | None:
+    lengths = torch.tensor(group.branches)
+    if (lengths == lengths[0]).all():
+        return None
+    starts = group.start + group.trunk + lengths.cumsum(0) - lengths
+    columns = torch.arange(int(lengths.max()))
+    index = starts[:, None] + torch.minimum(columns[None], lengths[:, None] - 1)
+    return index, (columns[None] < lengths[:, None]).flatten().nonzero()[:, 0]
+
+
+def enable(model: Any) -> None:
+    """Puts this attention in front of the model's own. Idempotent; `disable` takes it away.
+
+    Args:
+        model: the transformers model itself, without wrappers.
+    """
+    own = model.config._attn_implementation
+    if own.endswith(SUFFIX):
+        return
+    own_forward = AttentionInterface()[own]
+
+    def forward(
+        module: torch.nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        shared_prefix: TreeLayout | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        if shared_prefix is None:
+            return own_forward(module, query, key, value, attention_mask, **kwargs)
+        attend = tree_attention(
+            query,
+            key,
+            value,
+            shared_prefix,
+            scale=kwargs["scaling"],
+            sliding_window=kwargs.get("sliding_window"),
+        )
+        return attend, None
+
+    AttentionInterface.register(own + SUFFIX, forward)
+    AttentionMaskInterface.register(own + SUFFIX, AttentionMaskInterface()[own])
+    model.config._attn_implementation = own + SUFFIX
+
+
+def disable(model: Any) -> None:
+    """Gives the model its own attention back."""
+    model.config._attn_implementation = model.config._attn_implementation.removesuffix(SUFFIX)
+
+
+def tree_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: TreeLayout,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> Tensor:
+    """Attention of a packed row.
+
+    Args:
+        query: (1, H, N, D), rotated.
+        key, value: (1, H_kv, N, D).
+        sliding_window: how many keys, itself included, a token sees; None: all before it.
+
+    Returns:
+        (1, N, H, D).
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    window = None if sliding_window is None or sliding_window >= layout.longest_key else sliding_window
+    if layout.flash and query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_HEADS:
+        return _flash(query, key, value, layout, scale=scale, window=window)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    parts = []
+    for group, index, select in zip(layout.groups, layout.branch_index, layout.branch_select, strict=True):
+        parts += _group(query, key, value, group, index, select, scale=scale, window=window)
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+class _Spread(torch.autograd.Function):
+    """Rows of x by index, with repeats. A gradient, the sum over a trunk's branches, is rounded once, not at every
+    addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor) -> Tensor:
+        ctx.save_for_backward(index)
+        ctx.rows = len(x)
+        return x.index_select(0, index)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        total = torch.zeros(ctx.rows, *grad.shape[1:], dtype=torch.float32, device=grad.device)
+        return total.index_add_(0, index, grad.float()).to(grad.dtype), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scale: float, window: int | None
+) -> Tensor:
+    """All segments in one call of the variable-length flash kernel, causal up to the end of the keys."""
+
+    def spread(tensor: Tensor) -> Tensor:
+        return _Spread.apply(tensor[0].transpose(0, 1), layout.key_index)
+
+    output = torch.ops.aten._flash_attention_forward(
+        query[0].transpose(0, 1),
+        spread(key),
+        spread(value),
+        layout.query_starts,
+        layout.key_starts,
+        layout.longest_query,
+        layout.longest_key,
+        0.0,
+        True,
+        False,
+        scale=scale,
+        window_size_left=None if window is None else window - 1,
+        window_size_right=None if window is None else 0,
+    )[0]
+    return output[None]
+
+
+def _group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    group: Group,
+    index: Tensor | None,
+    select: Tensor | None,
+    *,
+    scale: float,
+    window: int | None,
+) -> list[Tensor]:
+    """One group by SDPA: (1, H, n, D) for its trunk (none if it is empty) and for its branches."""
+    trunk = slice(group.start, group.start + group.trunk)
+    branches = slice(trunk.stop, group.end)
+    heads, count = query.shape[1], len(group.branches)
+
+    def by_branch(tensor: Tensor) -> Tensor:  # (branches, H, longest, D)
+        if index is not None:
+            return tensor[0][:, index].transpose(0, 1)
+        return tensor[0, :, branches].unflatten(1, (count, -1)).transpose(0, 1)
+
+    parts = []
+    if group.trunk:
+        mask = _causal(group.trunk, group.trunk, window, query.device)
+        parts.append(
+            scaled_dot_product_attention(
+                query[:, :, trunk],
+                key[:, :, trunk],
+                value[:, :, trunk],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scale,
+            )
+        )
+    branch_query = by_branch(query)
+    longest = branch_query.shape[2]
+    mask = _causal(longest, group.trunk + longest, window, query.device)
+    output = scaled_dot_product_attention(
+        branch_query,
+        torch.cat([key[:, :, trunk].expand(count, -1, -1, -1), by_branch(key)], 2),
+        torch.cat([value[:, :, trunk].expand(count, -1, -1, -1), by_branch(value)], 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+    )
+    output = output.transpose(0, 1).reshape(heads, count * longest, -1)
+    parts.append((output if select is None else output[:, select])[None])
+    return parts
+
+
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """(queries, keys), True where a query may look; the last sees all keys. None: square causality."""
+    if queries == keys and window is None:
+        return None
+    position = torch.arange(keys, device=device)
+    distance = position[keys - queries :, None] - position[None]
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)

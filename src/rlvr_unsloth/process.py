@@ -1,0 +1,98 @@
+"""Imports Unsloth the way it has to be: first, with its environment variables set, nothing on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from rlvr.backends.process_state import imported
+from rlvr.errors import BackendUnavailableError, PatchedProcessError
+
+logger = logging.getLogger(__name__)
+
+PATCHED_BY_UNSLOTH = ("trl", "transformers", "peft")  # it has to be imported before these
+STRICT_VARIABLE = "RLVR_STRICT_IMPORTS"
+CACHE_VARIABLE = "RLVR_CACHE"
+INSTALL = 'pip install "rlvr[unsloth]"'
+
+
+def import_unsloth() -> Any:
+    """Imports Unsloth, or returns it if this process has it.
+
+    Raises:
+        PatchedProcessError: RLVR_STRICT_IMPORTS=1, on a GPU, and what Unsloth patches was imported already.
+        BackendUnavailableError: Unsloth raised while it was imported.
+    """
+    if "unsloth" not in sys.modules:
+        set_environment()
+        late = imported(PATCHED_BY_UNSLOTH)
+        if late and _has_gpu():
+            _tell_late_import(late)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # its banner would get into output meant for programs
+            unsloth = import_module("unsloth")
+    except Exception as error:
+        raise BackendUnavailableError(
+            f"unsloth cannot be imported: {type(error).__name__}: {error}. Install the versions that it "
+            f"needs with: {INSTALL}"
+        ) from error
+    if unsloth.DEVICE_TYPE == "mlx":
+        raise BackendUnavailableError(
+            "Unsloth has no GRPO on Apple's MLX. Use the backend 'hf' on this machine."
+        )
+    return unsloth
+
+
+def set_environment() -> None:
+    """Keeps Unsloth from running package managers, counting users, and writing to the working directory.
+
+    What the user has set stays.
+    """
+    os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
+    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
+    if "UNSLOTH_COMPILE_LOCATION" not in os.environ:
+        folder = cache_folder() / "unsloth_compiled"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder)
+
+
+def cache_folder() -> Path:
+    """RLVR_CACHE, else `rlvr` in the platform's folder for caches."""
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA")
+        return (Path(base) if base else Path.home() / "AppData" / "Local") / "rlvr" / "Cache"
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Caches" / "rlvr"
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "rlvr"
+
+
+def _tell_late_import(late: list[str]) -> None:
+    message = (
+        f"{', '.join(late)} were imported before Unsloth, which then cannot patch all of them: training is "
+        "slower and needs more memory. Restart the process (in a notebook, the kernel) and begin with "
+        'rlvr.load_backend("unsloth"), in the first cell, above every import of trl, transformers and peft.'
+    )
+    if os.environ.get(STRICT_VARIABLE, "0") not in ("", "0"):
+        raise PatchedProcessError(f"{message} ({STRICT_VARIABLE} is set.)")
+    logger.warning(f"{message} {STRICT_VARIABLE}=1 makes this an error.")
+    warnings.filterwarnings("ignore", message=r"\s*(WARNING: )?Unsloth should be imported before")  # said once
+
+
+def _has_gpu() -> bool:
+    """Whether Unsloth will take its GPU path. On a CPU it has no patch that could come too late."""
+    import torch
+
+    if os.environ.get("UNSLOTH_FORCE_CPU", "0") == "1":
+        return False
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator is not None and accelerator.type in ("cuda", "xpu")

@@ -1,0 +1,281 @@
+"""Bad input: one message with what is wrong and how to mend it, exit code 2, no traceback, nothing written over."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+ONE_STEP = "--max-prompt-length 64 --max-tokens 8 --max-steps 1 --eval-samples 0"  # should one not be refused
+TRAIN = f"train arithmetic -m {{model}} {ONE_STEP}"
+BROKEN = f"train arithmetic -m ./broken {ONE_STEP}"
+DATASET = f"train dataset -m {{model}} {ONE_STEP} --datasets"
+
+
+def file(name, text):
+    def make(model):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).write_text(text)
+
+    return make
+
+
+def rows(*objects):
+    return file("rows.jsonl", "".join(json.dumps(item) + "\n" for item in objects))
+
+
+def changed_model(change):
+    """A copy of the tiny model in `broken/`, with `change` applied to its folder."""
+
+    def make(model):
+        shutil.copytree(model, "broken")
+        change(Path("broken"))
+
+    return make
+
+
+def without(name):
+    return changed_model(lambda folder: (folder / name).unlink())
+
+
+def tokenizer_without(key):
+    def change(folder):
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config[key] = None
+        path.write_text(json.dumps(config))
+        if key == "chat_template":
+            (folder / "chat_template.jinja").unlink()
+
+    return changed_model(change)
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def finished_run(model):
+    file("outputs/done/config.yaml", "env: arithmetic\n")(model)
+    file("outputs/done/summary.json", "{}")(model)
+    file("outputs/done/checkpoints/checkpoint-5/trainer_state.json", "{}")(model)
+
+
+def other_files(model):
+    file("mine/notes.txt", "precious")(model)
+
+
+QUESTIONS = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(9)]
+PLAIN = None
+
+CASES = [
+    # which plugins
+    (
+        "unknown-backend",
+        f"{TRAIN} --backend unslot",
+        PLAIN,
+        ["unknown backend 'unslot'", "hf", "Did you mean 'unsloth'"],
+    ),
+    ("unknown-environment", "train arithmetik -m {model}", PLAIN, ["unknown environment 'arithmetik'", "arithmetic"]),
+    ("environment-unknown-to-listing", "environments nope", PLAIN, ["unknown environment 'nope'", "installed"]),
+    ("no-model", "train arithmetic", PLAIN, ["no model was given", "--model"]),
+    ("no-environment", "train -m {model}", PLAIN, ["no environment was given", "rlvr environments"]),
+    # options
+    (
+        "unknown-option",
+        f"{TRAIN} --batchsize 8",
+        PLAIN,
+        ["unknown option --batchsize", "Did you mean '--batch-size'?"],
+    ),
+    ("unknown-option-first", "train --nois 1 -m {model}", PLAIN, ["unknown option --nois"]),
+    ("unknown-environment-option", f"{TRAIN} --level 2", PLAIN, ["unknown option --level", "'--levels'"]),
+    ("environment-option-type", f"{TRAIN} --train-size many", PLAIN, ["--train-size is 'many'", "whole number"]),
+    ("environment-option-value", f"{TRAIN} --levels 9", PLAIN, ["9"]),
+    ("environment-option-without-value", f"{TRAIN} --levels", PLAIN, ["--levels needs a value"]),
+    ("unexpected-argument", f"{TRAIN} more", PLAIN, ["unexpected argument 'more'"]),
+    ("text-for-a-number", f"{TRAIN} --max-steps ten", PLAIN, ["--max-steps", "integer"]),
+    # configuration files
+    ("no-config-file", f"{TRAIN} --config run.yaml", PLAIN, ["'run.yaml'", "No such file"]),
+    ("broken-yaml", f"{TRAIN} --config run.yaml", file("run.yaml", "a: ["), ["'run.yaml' is not valid YAML"]),
+    ("yaml-list", f"{TRAIN} --config run.yaml", file("run.yaml", "- a"), ["is not a mapping of options"]),
+    (
+        "unknown-option-in-yaml",
+        f"{TRAIN} --config run.yaml",
+        file("run.yaml", "num_generation: 4"),
+        ["unknown option 'num_generation'", "Did you mean 'num_generations'?"],
+    ),
+    (
+        "yaml-type",
+        f"{TRAIN} --config run.yaml",
+        file("run.yaml", "batch_size: eight"),
+        ["batch_size is 'eight'", "whole number"],
+    ),
+    (
+        "several-problems",
+        f"{TRAIN} --config run.yaml --max-tokens 0",
+        file("run.yaml", "top_p: 2\nseeds: 1"),
+        ["3 settings cannot be used", "max_tokens is 0", "top_p is 2.0", "unknown option 'seeds'"],
+    ),
+    # values
+    ("one-generation", f"{TRAIN} --num-generations 1", PLAIN, ["num_generations is 1", "two or more"]),
+    ("no-tokens", "train arithmetic -m {model} --max-tokens 0", PLAIN, ["max_tokens is 0", "at least 1"]),
+    ("negative-rate", f"{TRAIN} --learning-rate -1e-5", PLAIN, ["learning_rate is -1e-05", "above 0"]),
+    ("zero-rate", f"{TRAIN} --learning-rate 0", PLAIN, ["learning_rate is 0.0", "above 0"]),
+    ("no-prompt", "train arithmetic -m {model} --max-prompt-length 0", PLAIN, ["max_prompt_length is 0"]),
+    ("temperature", f"{TRAIN} --temperature 0", PLAIN, ["temperature is 0.0", "above 0"]),
+    ("top-p", f"{TRAIN} --top-p 1.5", PLAIN, ["top_p is 1.5", "at most 1"]),
+    ("top-k", f"{TRAIN} --top-k -1", PLAIN, ["top_k is -1", "at least 0"]),
+    ("min-p", f"{TRAIN} --min-p 2", PLAIN, ["min_p is 2.0", "at most 1"]),
+    ("kl-beta", f"{TRAIN} --kl-beta -0.1", PLAIN, ["kl_beta is -0.1"]),
+    ("no-steps", f"{TRAIN} --max-steps 0", PLAIN, ["max_steps is 0", "at least 1"]),
+    ("nan-epochs", f"{TRAIN} --num-epochs nan", PLAIN, ["num_epochs is nan", "above 0"]),
+    ("memory-share", f"{TRAIN} --gpu-memory-utilization 1.5", PLAIN, ["gpu_memory_utilization is 1.5", "at most 1"]),
+    ("loss-type", f"{TRAIN} --loss-type gspo", PLAIN, ["loss_type is 'gspo'", "dr_grpo"]),
+    ("scale-rewards", f"{TRAIN} --scale-rewards yes", PLAIN, ["scale_rewards is 'yes'", "group, batch, none"]),
+    ("rollout-engine", f"{TRAIN} --rollout-engine vlm", PLAIN, ["rollout_engine is 'vlm'", "Did you mean 'vllm'?"]),
+    ("tracker", f"{TRAIN} --report-to wandbb", PLAIN, ["report_to is 'wandbb'", "wandb"]),
+    # contradictions
+    ("bf16-and-fp16", f"{TRAIN} --bf16 --fp16", PLAIN, ["bf16 and fp16 are both on"]),
+    ("bf16-and-float32", f"{TRAIN} --bf16 --dtype float32", PLAIN, ["bf16 is on and dtype is 'float32'"]),
+    ("4bit-and-8bit", f"{TRAIN} --load-in-4bit --load-in-8bit", PLAIN, ["choose one"]),
+    ("full-4bit", f"{TRAIN} --no-peft --load-in-4bit", PLAIN, ["quantized weights cannot be trained", "--peft"]),
+    (
+        "batch-cuts-groups",
+        f"{TRAIN} --batch-size 3 --gradient-accumulation-steps 1",
+        PLAIN,
+        ["3 completions a step", "num_generations 8 does not divide"],
+    ),
+    (
+        "prompts-and-batch",
+        f"{TRAIN} --prompts-per-step 3 --batch-size 16",
+        PLAIN,
+        ["24 completions", "--batch-size 12"],
+    ),
+    (
+        "three-sizes",
+        f"{TRAIN} --prompts-per-step 2 --batch-size 8 --gradient-accumulation-steps 3",
+        PLAIN,
+        ["Leave one of the three out"],
+    ),
+    # LoRA
+    ("lora-rank", f"{TRAIN} --lora-r 0", PLAIN, ["lora_r is 0", "at least 1"]),
+    ("lora-dropout", f"{TRAIN} --lora-dropout 1", PLAIN, ["lora_dropout is 1.0", "below 1"]),
+    ("no-lora-modules", f"{TRAIN} --lora-target-modules ,", PLAIN, ["target_modules is empty", "all-linear"]),
+    ("unknown-lora-modules", f"{TRAIN} --lora-target-modules query", PLAIN, ["query", "q_proj"]),
+    # what this machine lacks
+    ("4bit-on-cpu", f"{TRAIN} --load-in-4bit", PLAIN, ["cannot honour quantization='4bit'", "rlvr[quantization]"]),
+    ("flash-on-cpu", f"{TRAIN} --attention flash_attention_2", PLAIN, ["cannot honour attention='flash_attention_2'"]),
+    ("fast-inference", f"{TRAIN} --fast-inference on", PLAIN, ["cannot honour fast_inference='on'"]),
+    ("push-without-token", f"{TRAIN} --push-to-hub", PLAIN, ["no Hugging Face token", "hf auth login"]),
+    # output folders
+    ("another-run", f"{TRAIN} --output-dir outputs/done", finished_run, ["holds another run", "--output-dir"]),
+    ("another-run-by-name", f"{TRAIN} --run-name done", finished_run, ["holds another run", "--run-name"]),
+    ("other-files", f"{TRAIN} --output-dir mine", other_files, ["holds other files (notes.txt)"]),
+    ("not-a-folder", f"{TRAIN} --output-dir mine/notes.txt/run", other_files, ["cannot be written to"]),
+    ("resume-nothing", f"{TRAIN} --output-dir new --resume-from-checkpoint last", PLAIN, ["nothing to resume from"]),
+    ("resume-no-folder", f"{TRAIN} --resume-from-checkpoint last", PLAIN, ["needs --output-dir or --run-name"]),
+    ("resume-no-checkpoint", f"{TRAIN} --resume-from-checkpoint nowhere", PLAIN, ["no checkpoint in 'nowhere'"]),
+    (
+        "resume-elsewhere",
+        f"{TRAIN} --output-dir new --resume-from-checkpoint outputs/done/checkpoints/checkpoint-5",
+        finished_run,
+        ["belongs to the run in", "Leave --output-dir out"],
+    ),
+    # models and tokenizers
+    ("no-model-folder", "train arithmetic -m ./nowhere", PLAIN, ["'./nowhere' does not exist"]),
+    ("model-is-a-file", "train arithmetic -m ./mine/notes.txt", other_files, ["is a file"]),
+    ("no-weights", BROKEN, without("model.safetensors"), ["has no weights", "save_pretrained"]),
+    ("no-configuration", BROKEN, without("config.json"), ["has no config.json"]),
+    ("cut-weights", BROKEN, changed_model(cut_weights), ["model.safetensors", "damaged"]),
+    ("no-tokenizer", BROKEN, without("tokenizer.json"), ["tokenizer"]),
+    ("no-eos", BROKEN, tokenizer_without("eos_token"), ["no eos token"]),
+    ("no-template", BROKEN, tokenizer_without("chat_template"), ["no chat template"]),
+    ("too-long", "train arithmetic -m {model} --max-tokens 100000", PLAIN, ["takes 4096 tokens at most"]),
+    # data
+    ("no-dataset", "train dataset -m {model}", PLAIN, ["datasets"]),
+    ("no-dataset-file", f"{DATASET} rows.jsonl", PLAIN, ["rows.jsonl"]),
+    ("empty-dataset", f"{DATASET} rows.jsonl", file("rows.jsonl", ""), ["rows.jsonl"]),
+    ("broken-rows", f"{DATASET} rows.jsonl", file("rows.jsonl", '{"question": '), ["rows.jsonl"]),
+    ("no-question", f"{DATASET} rows.jsonl", rows({"ask": "1+1", "answer": "2"}), ["question", "ask"]),
+    ("no-answer", f"{DATASET} rows.jsonl", rows({"question": "1+1", "solution": "2"}), ["answer", "solution"]),
+    ("unknown-reward", f"{DATASET} rows.jsonl --reward exact", rows(*QUESTIONS), ["exact", "exact-match"]),
+    ("reward-module", f"{DATASET} rows.jsonl --reward nowhere:f", rows(*QUESTIONS), ["nowhere"]),
+    (
+        "fewer-prompts-than-a-step",
+        f"{DATASET} rows.jsonl --prompts-per-step 20",
+        rows(*QUESTIONS),
+        ["a step takes 20 different prompts", "--prompts-per-step"],
+    ),
+    (
+        "prompts-too-long",
+        "train arithmetic -m {model} --max-prompt-length 2 --max-tokens 8",
+        PLAIN,
+        ["longer than max_prompt_length 2", "--max-prompt-length"],
+    ),
+    # evaluation
+    ("evaluate-no-model", "evaluate arithmetic", PLAIN, ["no model was given"]),
+    ("evaluate-no-attempts", "evaluate arithmetic -m {model} --samples 0", PLAIN, ["samples is 0", "at least 1"]),
+    (
+        "evaluate-greedy-attempts",
+        "evaluate arithmetic -m {model} --samples 4 --temperature 0",
+        PLAIN,
+        ["samples is 4 with temperature 0", "--temperature"],
+    ),
+    (
+        "evaluate-cold",
+        "evaluate arithmetic -m {model} --temperature -1",
+        PLAIN,
+        ["temperature is -1.0", "0 is greedy"],
+    ),
+    ("evaluate-no-adapter", "evaluate arithmetic -m {model} --adapter mine", other_files, ["no adapter in 'mine'"]),
+    (
+        "evaluate-over-a-file",
+        "evaluate arithmetic -m {model} --output mine/notes.txt",
+        other_files,
+        ["exists, and nothing is written over"],
+    ),
+    (
+        "evaluate-to-nowhere",
+        "evaluate arithmetic -m {model} --output nowhere/attempts.jsonl",
+        PLAIN,
+        ["there is no folder 'nowhere' for --output"],
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "prepare", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_one_message_and_nothing_written(command, model_folder, monkeypatch, tmp_path, line, prepare, says):
+    monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    if prepare is not None:
+        prepare(model_folder)
+    before = snapshot(tmp_path)
+    outcome = command(*(word.format(model=model_folder) for word in line.split()))
+    assert outcome.code == 2, outcome
+    assert "Traceback" not in outcome.err + outcome.out
+    for words in says:
+        assert words in outcome.err, outcome.err
+    assert outcome.err.count("rlvr: ") <= 1
+    assert snapshot(tmp_path) == before
+
+
+def test_there_are_many_and_no_two_have_one_name():
+    assert len({case[0] for case in CASES}) == len(CASES) >= 40
+
+
+def test_debug_shows_the_traceback_too(command):
+    outcome = command("train", "arithmetik", "-m", "x", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert "UnknownPluginError: unknown environment 'arithmetik'" in outcome.err
+
+
+def test_the_backend_variable_is_checked_too(command, monkeypatch, model_folder):
+    monkeypatch.setenv("RLVR_BACKEND", "nope")
+    outcome = command("train", "arithmetic", "-m", model_folder)
+    assert outcome.code == 2
+    assert "unknown backend 'nope'" in outcome.err
+
+
+def snapshot(folder):
+    """Every file with its content; folders without files count as nothing."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

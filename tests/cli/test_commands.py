@@ -1,0 +1,166 @@
+"""The commands as a user runs them: real, in this process, on a tiny model."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rlvr.tracking.run_folder import RunFolder
+
+pytestmark = pytest.mark.both
+
+SHORT = "--max-prompt-length 64 --max-tokens 6 --num-generations 2 --prompts-per-step 2 --eval-samples 3"
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth", "wandb")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["--version"],
+        ["train", "--help"],
+        ["evaluate", "--help"],
+        ["train", "arithmetic", "--help"],
+        ["backends"],
+        ["backends", "--json"],
+        ["environments"],
+        ["environments", "arithmetic"],
+        ["train", "arithmetic", "--model", "m", "--dry-run"],
+    ],
+    ids=" ".join,
+)
+def test_looking_around_loads_nothing_heavy(arguments):
+    program = (
+        "import sys\nfrom rlvr.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print('HEAVY', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.rstrip().endswith("HEAVY []")
+
+
+def test_help_groups_the_options_and_shows_defaults(command):
+    outcome = command("train", "--help")
+    assert outcome.code == 0
+    for words in ("Task and model", "Rollouts", "Training", "LoRA", "Memory and precision", "Run", "(default 8)"):
+        assert words in outcome.out
+    assert "--env-seed" not in outcome.out
+
+
+def test_help_of_an_environment_lists_its_options(command):
+    outcome = command("train", "arithmetic", "--help")
+    assert outcome.code == 0
+    assert "Options of environment arithmetic" in outcome.out
+    assert "--levels" in outcome.out
+    assert "--env-seed" in outcome.out  # training has a --seed of its own
+
+
+def test_listings(command):
+    backends = json.loads(command("backends", "--json").out)
+    assert {"name", "distribution", "version", "available", "reason"} == set(backends[0])
+    assert "hf" in [row["name"] for row in backends]
+    assert "arithmetic" in command("environments").out
+    options = json.loads(command("environments", "arithmetic", "--json").out)
+    assert {"option": "--levels", "type": "str", "default": "1,2,3", "required": False} in options
+
+
+def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "env: arithmetic\nmodel: m\nseed: 5\nenv_options: {levels: '1', train_size: 50}\n"
+    )
+    outcome = command("train", "--config", "run.yaml", "--seed", "6", "--levels", "2", "--dry-run")
+    assert outcome.code == 0
+    config = yaml.safe_load(outcome.out)
+    assert config["seed"] == 6
+    assert config["env_options"] == {"levels": "2", "train_size": 50}
+    assert config["backend"] == "hf"
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["learning_rate"] == 1e-5
+    assert config["output_dir"].startswith("outputs/arithmetic-m-hf-")
+    assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]
+    (tmp_path / "again.yaml").write_text(outcome.out)
+    assert yaml.safe_load(command("train", "--config", "again.yaml", "--dry-run").out) == config
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--peft"], {"peft": True}),
+        (["--no-peft"], {"peft": False}),
+        (["--bf16"], {"bf16": True, "dtype": "bfloat16"}),
+        (["--no-gradient-checkpointing"], {"gradient_checkpointing": False}),
+        (["--lora-target-modules", "q_proj,v_proj"], {"lora_target_modules": "q_proj,v_proj"}),
+        (["--num-generations=4", "--temperature=0.7"], {"num_generations": 4, "temperature": 0.7}),
+        (["--env-seed", "4", "--seed", "3"], {"seed": 3, "env_options": {"seed": 4}}),
+        (["--train-size=7"], {"env_options": {"train_size": 7}}),
+    ],
+)
+def test_flags_become_settings(command, flags, expected):
+    config = yaml.safe_load(command("train", "arithmetic", "-m", "m", *flags, "--dry-run").out)
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_folder):
+    first = command("train", "arithmetic", "-m", model_folder, *SHORT.split(), "--max-steps", 2, "--output-dir", "run")
+    assert first.code == 0, first.err
+    assert "Everything is in run" in first.out
+    folder = RunFolder(Path("run"))
+    assert [row["step"] for row in folder.metrics() if "reward" in row] == [1, 2]
+    assert len([row for row in folder.trajectories() if row["phase"] == "train"]) == 2 * 4
+    assert len([row for row in folder.trajectories() if row["phase"] == "eval"]) == 2 * 3
+    summary = folder.summary()
+    assert summary["steps"] == 2
+    assert summary["backend"] == "hf"
+    assert {"exact_match", "reward", "pass@1"} <= summary["eval_before"].keys() & summary["eval_after"].keys()
+
+    resumed = command("train", "--resume-from-checkpoint", "last", "--output-dir", "run", "--max-steps", 3)
+    assert resumed.code == 0, resumed.err
+    assert [row["step"] for row in folder.metrics() if "reward" in row] == [1, 2, 3]
+    assert folder.summary()["steps"] == 3
+    assert folder.summary()["eval_before"] == summary["eval_before"]
+    assert folder.config()["max_steps"] == 3
+    assert yaml.safe_load(Path("run/config.yaml").read_text())["max_steps"] == 2
+
+    evaluated = command(
+        *("evaluate", "arithmetic", "-m", model_folder, "--adapter", "run", "--samples", 2, "--limit", 3),
+        *("--max-tokens", 6, "--max-prompt-length", 64, "--json", "--output", "attempts.jsonl", "--levels", 1),
+    )
+    assert evaluated.code == 0, evaluated.err
+    found = json.loads(evaluated.out)
+    assert (found["examples"], found["samples"]) == (3, 2)
+    assert {"pass@1", "pass@2", "exact_match", "reward"} <= found["metrics"].keys()
+    assert list(found["groups"]) == ["level=1"]
+    assert len(Path("attempts.jsonl").read_text().splitlines()) == 6
+
+
+def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folder):
+    built = []
+    short = {"max_prompt_length": 64, "max_tokens": 4, "num_generations": 2, "prompts_per_step": 2, "max_steps": 5}
+
+    def settings(*, seed):
+        return {"env": "arithmetic", "env_options": {"seed": seed}, "model": "tiny", "seed": seed, **short}
+
+    def prepare(*, seed):
+        built.append(seed)
+        shutil.copytree(model_folder, "tiny", dirs_exist_ok=True)
+
+    monkeypatch.setattr("rlvr.quickstart.settings", settings)
+    monkeypatch.setattr("rlvr.quickstart.prepare", prepare)
+
+    config = yaml.safe_load(command("train", "--seed", 3, "--dry-run").out)
+    assert config["env_options"] == {"seed": 3}
+    assert config["output_dir"].startswith("outputs/quickstart-")
+    assert not Path("outputs").exists()
+
+    outcome = command("train", "--max-steps", 1, "--eval-samples", 2, "--output-dir", "quick")
+    assert outcome.code == 0, outcome.err
+    assert RunFolder(Path("quick")).summary()["steps"] == 1
+    assert command("train", "--output-dir", "quick").code == 2
+    assert command("train", "--num-generations", 1, "--output-dir", "other").code == 2
+    assert built == [0]  # the last two were refused before a model was built
+    assert not Path("other").exists()

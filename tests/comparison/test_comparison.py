@@ -1,0 +1,225 @@
+"""Comparing backends: the numbers by hand, the plot, refusals, and whole comparisons of tiny runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from types import ModuleType
+
+import pytest
+
+from rlvr.cli import main
+from rlvr.comparison import BackendRun, Comparison, compare
+from rlvr.comparison import plot as plot_module
+from rlvr.errors import BackendError, ConfigError, RunFolderError, UnknownPluginError
+
+has_unsloth = importlib.util.find_spec("unsloth") is not None
+
+SHORT = (
+    *("--max-tokens", "6", "--max-prompt-length", "64", "--num-generations", "4", "--prompts-per-step", "2"),
+    *("--learning-rate", "0.01", "--levels", "1"),
+)
+
+FIRST = BackendRun(
+    backend="one",
+    folder="out/one",
+    lora={"alpha": 16, "r": 8},
+    changed_arguments={"bf16": True},
+    rewards=[0.25, 0.5, 0.75],
+    step_seconds=[10.0, 4.0, 2.0],
+    rollout_seconds=[6.0, 2.0, 1.0],
+    scoring_seconds=[1.0, 0.5, 0.25],
+    tokens=800,
+    peak_bytes=3 * 2**20,
+    first_loss=0.125,
+    first_grad_norm=2.0,
+    first_completions=["a", "b", "c", "d"],
+    probe_ids=[[1, 2, 3]],
+    probe_logprobs=[[-1.0, -2.0]],
+)
+OTHER = dataclasses.replace(
+    FIRST, backend="other", lora=None, first_completions=["a", "x", "c", "y"], probe_logprobs=[[-1.0, -2.5]]
+)
+
+
+def test_the_table_by_hand():
+    comparison = Comparison(env="arithmetic", model="m", as_is=False, runs=(FIRST, OTHER))
+    rows = dict(comparison.rows())
+    assert rows["reward, first → last step"][0] == "0.250 → 0.750"
+    assert rows["step, s"][0] == "3.000"  # the median of 4 and 2: the first step does not count
+    assert rows["  rollout, s"][0] == "1.500"
+    assert rows["  scoring, s"][0] == "0.375"
+    assert rows["  update, s"][0] == "1.125"  # the median of 1.5 and 0.75
+    assert rows["tokens a second"][0] == "50"  # 800 in 16 s
+    assert rows["peak memory, MiB"][0] == "3"
+    assert rows["start differs by, nats a token"] == ["0", "0.5"]
+    assert rows["same completions at step 1"] == ["4 of 4", "2 of 4"]
+    assert rows["lora alpha / r"] == ["16 / 8", "no LoRA"]
+    found = comparison.as_json()["backends"]["other"]
+    assert found["start_differs_by_nats"] == 0.5
+    assert found["update_seconds"] == [3.0, 1.5, 0.75]
+
+
+def test_policies_that_read_other_tokens_are_not_compared():
+    other = dataclasses.replace(OTHER, probe_ids=[[1, 2, 4]])
+    assert other.probe_difference(FIRST) is None
+    rows = dict(Comparison(env="e", model="m", as_is=True, runs=(FIRST, other)).rows())
+    assert rows["start differs by, nats a token"] == ["0", "other tokens"]
+
+
+def test_one_step_alone_is_its_own_median():
+    assert FIRST.steady([2.5]) == 2.5
+
+
+class Canvas:
+    """As much of matplotlib as is used: keeps what is drawn."""
+
+    def __init__(self, *args, **options):
+        self.drawn, self.axes = [], []
+
+    def subplots(self, rows, columns):
+        self.axes = [Canvas() for _ in range(columns)]
+        return self.axes
+
+    def plot(self, steps, values, style, label):
+        self.drawn.append((label, list(values)))
+
+    def barh(self, names, widths, left, label):
+        self.drawn.append((label, widths, left))
+
+    def savefig(self, path, dpi):
+        path.write_bytes(b"picture")
+
+    def set(self, **labels):
+        pass
+
+    legend = invert_yaxis = set
+
+
+def test_the_plot_stacks_the_parts_of_a_step(monkeypatch, tmp_path):
+    figures = []
+
+    def figure(**options):
+        figures.append(Canvas())
+        return figures[-1]
+
+    for name, content in (
+        ("matplotlib", {}),
+        ("matplotlib.figure", {"Figure": figure}),
+        ("matplotlib.backends", {}),
+        ("matplotlib.backends.backend_agg", {"FigureCanvasAgg": Canvas}),
+    ):
+        module = ModuleType(name)
+        vars(module).update(content)
+        monkeypatch.setitem(sys.modules, name, module)
+    plot_module.plot(Comparison(env="e", model="m", as_is=False, runs=(FIRST, OTHER)), tmp_path / "c.png")
+    reward, times = figures[0].axes
+    assert reward.drawn == [("one", [0.25, 0.5, 0.75]), ("other", [0.25, 0.5, 0.75])]
+    assert times.drawn == [
+        ("rollout", [1.5, 1.5], [0.0, 0.0]),
+        ("scoring", [0.375, 0.375], [1.5, 1.5]),
+        ("update", [1.125, 1.125], [1.875, 1.875]),
+    ]
+    assert (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize("backends", [[], ["hf"], ["hf", "hf"]], ids=str)
+def test_fewer_than_two_backends_are_refused(tmp_path, backends):
+    with pytest.raises(ConfigError, match="at least two different"):
+        compare("arithmetic", "m", backends, steps=1, output_dir=tmp_path / "out")
+
+
+def test_what_cannot_run_is_refused_before_anything_does(tmp_path, other_backend):
+    with pytest.raises(UnknownPluginError, match="unknown backend 'hff'"):
+        compare("arithmetic", "m", ["hf", "hff"], steps=1, output_dir=tmp_path / "out")
+    with pytest.raises(ConfigError, match="learning_rate"):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out", learning_rate=-1)
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "notes.txt").touch()
+    with pytest.raises(RunFolderError, match="holds other files"):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "held")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_fails_is_an_error_with_its_last_lines(tmp_path, other_backend):
+    with pytest.raises(BackendError, match=r"(?s)backend 'hf' ended with exit code 2.*no-such-model.*does not exist"):
+        compare("arithmetic", str(tmp_path / "no-such-model"), ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+
+
+def comparison_of(capsys, folder, *arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "arithmetic", "--output-dir", str(folder), "--json", *arguments, *SHORT])
+    assert not stop.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((folder / "comparison.json").read_text())
+    return found
+
+
+OTHER_BACKEND = """
+from dataclasses import replace
+from rlvr import hookimpl
+
+@hookimpl
+def rlvr_backend():
+    from rlvr.backends.hf.backend import HFBackend
+
+    class Doubling(HFBackend):
+        name = "other"
+
+        def apply_lora(self, policy, lora):
+            return super().apply_lora(policy, lora.applied(2))
+
+    return Doubling()
+"""
+
+
+@pytest.fixture
+def other_backend(tmp_path, monkeypatch):
+    """An installed backend that doubles alpha by default, as Unsloth's does, and is `hf` otherwise."""
+    site = tmp_path / "site"
+    info = site / "other-1.0.dist-info"
+    info.mkdir(parents=True)
+    (site / "other_plugin.py").write_text(OTHER_BACKEND)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[rlvr.backends]\nother = other_plugin\n")
+    monkeypatch.syspath_prepend(site)
+    yield "other"
+    sys.modules.pop("other_plugin", None)
+
+
+def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
+    tmp_path, capsys, model_folder, other_backend
+):
+    arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "2")
+    found = comparison_of(capsys, tmp_path / "equalised", *arguments)["backends"]
+    assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
+    assert found["other"]["start_differs_by_nats"] == 0
+    assert found["other"]["same_first_completions"] == len(found["hf"]["first_completions"]) == 8
+    assert found["other"]["first_loss"] == found["hf"]["first_loss"]
+    assert found["other"]["rewards"] == found["hf"]["rewards"]
+    for run in found.values():
+        assert len(run["step_seconds"]) == len(run["rewards"]) == 2
+        assert all(seconds > 0 for seconds in run["rollout_seconds"] + run["scoring_seconds"] + run["update_seconds"])
+        assert run["tokens"] > 0
+        assert run["peak_bytes"] > 2**20
+    assert (tmp_path / "equalised" / "hf" / "metrics.jsonl").exists()
+
+
+def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, capsys, model_folder, other_backend):
+    arguments = ("--backends", "other,hf", "-m", str(model_folder), "--steps", "1", "--as-is")
+    found = comparison_of(capsys, tmp_path / "as_is", *arguments)
+    assert found["as_is"] is True
+    assert [run["lora"]["alpha"] for run in found["backends"].values()] == [32, 16]
+
+
+@pytest.mark.unsloth
+@pytest.mark.skipif(not has_unsloth, reason="the unsloth package is not installed in this environment")
+def test_hf_and_unsloth_are_the_same_training(tmp_path, capsys, model_folder):
+    arguments = ("--backends", "hf,unsloth", "-m", str(model_folder), "--steps", "2")
+    found = comparison_of(capsys, tmp_path / "out", *arguments)["backends"]
+    assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
+    assert found["unsloth"]["start_differs_by_nats"] < 1e-4
+    assert found["unsloth"]["first_loss"] == pytest.approx(found["hf"]["first_loss"], abs=1e-4)
+    assert found["unsloth"]["same_first_completions"] == 8

@@ -1,0 +1,41 @@
+"""A working directory, the quickstart's model, and runs cut short."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from rlvr import quickstart
+from rlvr.trainers import run as run_module
+
+
+@pytest.fixture(scope="session")
+def quickstart_model(tmp_path_factory):
+    """The model of the quickstart, made as users make it. Half a minute."""
+    folder = tmp_path_factory.mktemp("quickstart") / "model"
+    quickstart.prepare(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch, quickstart_model):
+    """The working directory, where the quickstart's model is found by the names that the pages use."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("quickstart-model", "outputs/quickstart-model-0"):
+        shutil.copytree(quickstart_model, tmp_path / name)
+    return tmp_path
+
+
+@pytest.fixture
+def short_runs(monkeypatch):
+    """One step of a few tokens for every run, from Python or the command line."""
+    resolve = run_module.resolve_settings
+
+    def shortened(*layers):
+        settings = resolve(*layers)
+        few = min(settings.max_tokens, 8)
+        return replace(settings, max_steps=1, max_tokens=few, eval_samples=2, dtype="float32", report_to="none")
+
+    monkeypatch.setattr(run_module, "resolve_settings", shortened)

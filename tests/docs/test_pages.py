@@ -1,0 +1,111 @@
+"""The pages are true: their code runs, their commands, options, extras and links exist, their outputs come out."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from importlib.metadata import metadata
+from pathlib import Path
+
+import pytest
+from doc_blocks import EXTRAS, PAGES, ROOT, blocks, run_block
+
+from rlvr.cli import main
+
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), ROOT / "docs" / "write-a-backend.md"]
+NUMBER = re.compile(r"\d+(\.\d+)?")
+LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
+
+
+def with_unsloth(page):
+    return any("unsloth" in block.info for block in blocks(page))
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page, workplace, short_runs, model_folder):
+    namespace = {}
+    for block in blocks(page):
+        if "unsloth" not in block.info:
+            run_block(block, namespace, model_folder)
+
+
+@pytest.mark.unsloth
+@pytest.mark.parametrize("page", [page for page in PAGES if with_unsloth(page)], ids=lambda page: page.stem)
+def test_the_code_for_unsloth_runs(page, workplace, short_runs, model_folder):
+    namespace = {}
+    for block in blocks(page):
+        if "unsloth" in block.info:
+            run_block(block, namespace, model_folder)
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
+def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
+    """A text block right after a Python block is what that prints."""
+    found, namespace = blocks(page), {}
+    for block, following in zip(found, [*found[1:], None], strict=True):
+        if block.language == "python" and "unsloth" not in block.info:
+            printed = run_block(block, namespace, model_folder)
+            if following is not None and following.language == "text":
+                assert printed == following.text
+
+
+def test_the_example_of_the_readme_prints_what_it_says(workplace):
+    """In full: the only page whose numbers are a claim about learning."""
+    example, output = next(
+        (block, following)
+        for block, following in zip(blocks(ROOT / "README.md"), blocks(ROOT / "README.md")[1:], strict=False)
+        if block.language == "python"
+    )
+    assert len([line for line in example.text.splitlines() if line.strip()]) == 12
+    printed = run_block(example, {}, workplace).splitlines()[-1]
+    assert NUMBER.sub("#", printed) == NUMBER.sub("#", output.text.strip())
+    before, after = (float(number) for number in printed.split("→"))
+    assert 0.2 <= before <= 0.6
+    assert after >= before + 0.3
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_option_exists(page, capsys):
+    known = set()
+    for command in (["train"], ["evaluate"], ["train", "dataset"], ["train", "arithmetic"], ["backends"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    other_programs = {"--no-deps", "--constraint", "--no-build-isolation"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text())) - known - other_programs == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_tables_of_options_are_those_of_the_program(page):
+    specification = importlib.util.spec_from_file_location("doc_options", ROOT / "docs" / "options.py")
+    options = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(options)
+    text = page.read_text(encoding="utf-8")
+    assert options.with_tables(text) == text, "run: python docs/options.py"
+
+
+def test_every_extra_that_is_named_exists():
+    sources = [*ALL_PAGES, *(ROOT / "src").rglob("*.py")]
+    named = {
+        extra
+        for source in sources
+        for group in EXTRAS.findall(source.read_text(encoding="utf-8"))
+        for extra in group.split(",")
+    }
+    assert {"unsloth", "vllm", "quantization"} <= named
+    assert named <= set(metadata("rlvr").get_all("Provides-Extra"))
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=lambda page: page.stem)
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), path
+        if anchor:
+            assert anchor in _anchors(target), f"{path}#{anchor}"
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}

@@ -1,0 +1,161 @@
+"""Merging LoRA for a rollout: what is computed, and that everything is bit for bit as it was afterwards."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from rlvr.rollout.engine import SamplingSettings
+from rlvr.rollout.grouped import GroupedEngine
+from rlvr.rollout.grouped.weights import causal_lm, mergeable, merged_lora, merged_weight
+from rlvr.testing.tiny import tiny_model
+
+GREEDY = SamplingSettings(temperature=0)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KINDS = {
+    "lora": {"target_modules": LINEAR},
+    "some-layers": {"target_modules": ["q_proj", "down_proj"]},
+    "rslora": {"target_modules": LINEAR, "use_rslora": True},
+    "dora": {"target_modules": LINEAR, "use_dora": True},
+    "bias": {"target_modules": LINEAR, "lora_bias": True},
+    "embedding-and-head": {"target_modules": [*LINEAR, "embed_tokens", "lm_head"]},
+    "module-to-save": {"target_modules": ["q_proj"], "modules_to_save": ["o_proj"]},
+}
+
+
+def adapted(dtype=torch.float32, **lora):
+    model = tiny_model(dtype=dtype).to(dtype)
+    torch.manual_seed(1)
+    lora.setdefault("target_modules", LINEAR)
+    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, init_lora_weights=False, **lora))
+
+
+def complete(model, tokens=12, **settings):
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=(), **settings)
+    prompts = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 10]]
+    with engine.open(prompts, max_completion_tokens=tokens) as session:
+        for index in range(3):
+            session.submit(index, [], tokens)
+        turns = []
+        while session.pending:
+            turns += session.step()
+    return [turn.token_ids for turn in sorted(turns, key=lambda turn: turn.index)]
+
+
+def generated(model, tokens=12):
+    """The slow twin, with the adapter applied layer by layer."""
+    training = model.training
+    model.eval()
+    outputs = [
+        model.generate(
+            input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0
+        )[0, len(ids) :].tolist()
+        for ids in ([5, 6, 7, 8], [5, 6, 7, 8], [9, 10])
+    ]
+    model.train(training)
+    return outputs
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same_state(model, before):
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("merge_lora", [True, False], ids=["merged", "apart"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_of_every_kind_complete_as_generate_does(kind, merge_lora):
+    model = adapted(**KINDS[kind])
+    model.train()
+    before, modules = state(model), list(model.named_modules())
+    assert complete(model, merge_lora=merge_lora) == generated(model)
+    assert same_state(model, before)
+    assert list(model.named_modules()) == modules  # the wrappers are back, in their places
+    assert all(module.training for module in model.modules())
+
+
+def test_merging_in_bfloat16_restores_every_bit_and_rounds_once():
+    model = adapted(dtype=torch.bfloat16)
+    before = state(model)
+    layer = causal_lm(model).model.layers[0].mlp.up_proj
+    adapter = (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()) * 2
+    exact = (layer.base_layer.weight.double() + adapter).detach()
+    with merged_lora(causal_lm(model)):
+        merged = causal_lm(model).model.layers[0].mlp.up_proj
+        assert type(merged) is nn.Linear
+        assert not torch.equal(merged.weight, before["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])
+        error = (merged.weight.double() - exact).abs()
+        assert (error <= exact.abs() * 2**-8 + 1e-7).all()
+    complete(model)
+    assert same_state(model, before)
+
+
+def test_merged_weight_by_hand():
+    layer = causal_lm(adapted(target_modules=["q_proj"])).model.layers[0].self_attn.q_proj
+    with torch.no_grad():
+        layer.base_layer.weight.fill_(1.0)
+        layer.lora_A["default"].weight.fill_(0.5)
+        layer.lora_B["default"].weight.fill_(0.25)
+    # scaling 8 / 4 = 2, rank 4: 1 + 2 · 4 · 0.25 · 0.5
+    assert torch.equal(merged_weight(layer), torch.full_like(layer.base_layer.weight, 2.0))
+
+
+def test_weights_keep_their_addresses_while_merged():
+    model = causal_lm(adapted())
+    addresses = {p.data_ptr() for name, p in model.named_parameters() if "base_layer" in name}
+    with merged_lora(model):
+        assert addresses <= {p.data_ptr() for p in model.parameters()}
+
+
+def test_an_exception_leaves_model_and_engine_as_they_were():
+    model = adapted(dtype=torch.bfloat16)
+    model.train()
+    before, config = state(model), copy.deepcopy(causal_lm(model).config)
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=())
+
+    def failing_rollout():
+        with engine.open([[4, 5]], max_completion_tokens=4) as session:
+            session.submit(0, [], 4)
+            session.step()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        failing_rollout()
+    assert same_state(model, before)
+    assert causal_lm(model).config._attn_implementation == config._attn_implementation == "sdpa"
+    assert all(module.training for module in model.modules())
+    assert torch.is_grad_enabled()
+    with engine.open([[4, 5]], max_completion_tokens=4) as session:  # and it can be used again
+        session.submit(0, [], 4)
+        assert len(session.step()) == 1
+
+
+def test_a_disabled_or_second_adapter_is_followed():
+    model = adapted()
+    base = tiny_model()
+    with model.disable_adapter():
+        assert complete(model) == generated(base)
+    model.add_adapter("other", LoraConfig(r=2, lora_alpha=8, target_modules=LINEAR, init_lora_weights=False))
+    first = complete(model)
+    model.set_adapter("other")
+    assert complete(model) == generated(model) != first
+
+
+def test_tied_or_quantized_weights_stay_apart():
+    class Quantized(nn.Linear):
+        pass
+
+    model = adapted()
+    layer = causal_lm(model).model.layers[0].self_attn.q_proj
+    assert mergeable(layer)
+    layer.base_layer.__class__ = Quantized
+    assert not mergeable(layer)
+    assert complete(model) == generated(model)
+    with merged_lora(causal_lm(model)):
+        assert causal_lm(model).model.layers[0].self_attn.q_proj is layer
+        assert causal_lm(model).model.layers[1].self_attn.q_proj is not layer

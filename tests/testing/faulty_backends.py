@@ -1,0 +1,305 @@
+"""Backends with one fault each, planted for the conformance kit to find. Each is the `hf` backend otherwise."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlvr.backends.hf.backend import HFBackend
+from rlvr.backends.protocol import ArgumentChange
+
+
+class IgnoresDtype(HFBackend):
+    def load_policy(self, settings):
+        policy = super().load_policy(replace(settings, dtype="float32"))
+        return replace(policy, settings=settings)
+
+
+class ComputesInHalf(HFBackend):
+    """float32 weights, bfloat16 arithmetic."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        forward = policy.model.forward
+
+        def in_half(*args, **kwargs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return forward(*args, **kwargs)
+
+        policy.model.forward = in_half
+        return policy
+
+
+class IgnoresAttention(HFBackend):
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, attention="sdpa"))
+
+
+class AcceptsMissingDevices(HFBackend):
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, device=None))
+
+
+class LoadsTheFirstModelAgain(HFBackend):
+    first = None
+
+    def load_policy(self, settings):
+        self.first = self.first or settings.model
+        return super().load_policy(replace(settings, model=self.first))
+
+
+class CutsTheContextInSilence(HFBackend):
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, max_seq_length=min(settings.max_seq_length, 4096)))
+
+
+class TrustsEveryone(HFBackend):
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, trust_remote_code=True))
+
+
+class ClaimsAnEngine(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), fast_inference=True)
+
+
+class CheckpointsAlways(HFBackend):
+    def training_arguments(self, policy):
+        return (ArgumentChange("gradient_checkpointing", True, "it saves memory"),)
+
+
+class Claims4Bit(HFBackend):
+    """Claims 4 bits, and loads 16 in silence."""
+
+    def capabilities(self):
+        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit"}))
+
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, quantization="none"))
+
+
+class ClaimsUnknownWords(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), dtypes=frozenset({"auto", "float32", "fp8"}))
+
+
+class ClaimsDora(HFBackend):
+    def apply_lora(self, policy, lora):
+        return replace(super().apply_lora(policy, replace(lora, dora=False)), lora=lora)
+
+
+class Claims4BitExport(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), export_formats=("adapter", "merged-16bit", "merged-4bit"))
+
+    def save(self, policy, folder, export_format="adapter"):
+        if export_format == "merged-4bit":
+            raise NotImplementedError("soon")
+        super().save(policy, folder, export_format)
+
+
+class ExportsWhatItDoesNotClaim(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, "adapter")
+
+
+class WrapsTwice(HFBackend):
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        again = LoraConfig(r=lora.r, target_modules="all-linear", task_type="CAUSAL_LM")
+        return replace(policy, model=get_peft_model(policy.model, again))
+
+
+class WrapsAgainWhenAsked(HFBackend):
+    def apply_lora(self, policy, lora):
+        if getattr(policy.model, "peft_config", None):
+            return policy
+        return super().apply_lora(policy, lora)
+
+
+class DropsAlpha(HFBackend):
+    def apply_lora(self, policy, lora):
+        return replace(super().apply_lora(policy, replace(lora, alpha=lora.r)), lora=lora.applied())
+
+
+class DropsRsLora(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, rslora=False))
+
+
+class DropsDropout(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, dropout=0.0))
+
+
+class IgnoresRank(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, r=4))
+
+
+class IgnoresTargets(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, target_modules="all-linear"))
+
+
+class IgnoresBias(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, bias="none"))
+
+
+class IgnoresInit(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, init="default"))
+
+
+class IgnoresLoraSeed(HFBackend):
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, seed=0))
+
+
+class DrawsFromTheGlobalState(HFBackend):
+    def load_policy(self, settings):
+        torch.manual_seed(settings.seed)
+        return super().load_policy(settings)
+
+
+class HalvesGradients(HFBackend):
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient / 2)
+        return policy
+
+
+class CountsParametersNotBytes(HFBackend):
+    def memory_in_use(self, policy):
+        return sum(parameter.numel() for parameter in policy.model.parameters())
+
+
+class ChangesUnknownArguments(HFBackend):
+    def training_arguments(self, policy):
+        return (ArgumentChange("use_bf16", False, "the policy was loaded in float32"),)
+
+
+class TrainsTheBase(HFBackend):
+    def for_training(self, policy):
+        super().for_training(policy)
+        policy.model.get_input_embeddings().requires_grad_(True)
+
+
+class TrainsNothingOfA(HFBackend):
+    """LoRA with A frozen: it trains, but not what was stated."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        for name, parameter in policy.model.named_parameters():
+            if "lora_A" in name:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+
+
+class SamplesFromStaleWeights(HFBackend):
+    """Samples from a second model whose weights are synchronised once, and never after an optimizer step."""
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        self.sampler, self.synchronised = copy.deepcopy(policy.model).eval(), False
+        policy.model.generate = self.sampler.generate
+        return policy
+
+    def for_inference(self, policy):
+        super().for_inference(policy)
+        if not self.synchronised:
+            self.sampler.load_state_dict(policy.model.state_dict())
+            self.synchronised = True
+
+
+class MovesTheReference(HFBackend):
+    def training_arguments(self, policy):
+        return (
+            *super().training_arguments(policy),
+            ArgumentChange("sync_ref_model", True, "a reference that keeps up"),
+            ArgumentChange("ref_model_sync_steps", 1, "at every step"),
+            ArgumentChange("ref_model_mixup_alpha", 1.0, "completely"),
+        )
+
+
+class ForgetsTheOptimizer(HFBackend):
+    def training_arguments(self, policy):
+        return (*super().training_arguments(policy), ArgumentChange("save_only_model", True, "it saves space"))
+
+
+class SavesAFreshAdapter(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        fresh = super().load_policy(policy.settings)
+        super().save(self.apply_lora(fresh, policy.lora), folder, export_format)
+
+
+class ExportsTheBase(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        if export_format == "adapter":
+            super().save(policy, folder)
+        else:
+            super().save(super().load_policy(policy.settings), folder, export_format)
+
+
+class MergesInPlace(HFBackend):
+    """The export is right, and the policy is no longer what it was."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        if export_format == "merged-16bit":
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.copy_(parameter.bfloat16())
+
+
+class LoadsFrozen(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        return super().load_saved(folder, settings)
+
+
+FAULTS = {
+    ClaimsUnknownWords: "capabilities",
+    LoadsTheFirstModelAgain: "setting-model",
+    IgnoresDtype: "setting-dtype",
+    Claims4Bit: "setting-quantization",
+    IgnoresAttention: "setting-attention",
+    CutsTheContextInSilence: "setting-max-seq-length",
+    TrustsEveryone: "setting-trust-remote-code",
+    ClaimsAnEngine: "setting-fast-inference",
+    CheckpointsAlways: "setting-gradient-checkpointing",
+    AcceptsMissingDevices: "setting-device",
+    DrawsFromTheGlobalState: "setting-seed",
+    WrapsTwice: "adapter-applied-once",
+    WrapsAgainWhenAsked: "adapter-applied-once",
+    IgnoresRank: "lora-r",
+    DropsAlpha: "lora-alpha",
+    DropsDropout: "lora-dropout",
+    IgnoresTargets: "lora-target-modules",
+    IgnoresBias: "lora-bias",
+    DropsRsLora: "lora-rslora",
+    ClaimsDora: "lora-dora",
+    IgnoresInit: "lora-init",
+    IgnoresLoraSeed: "lora-seed",
+    ComputesInHalf: "log-probabilities",
+    HalvesGradients: "gradients",
+    CountsParametersNotBytes: "memory-in-use",
+    ChangesUnknownArguments: "training-arguments",
+    TrainsTheBase: "trains-adapter-only",
+    TrainsNothingOfA: "trains-adapter-only",
+    SamplesFromStaleWeights: "sampler-is-policy",
+    MovesTheReference: "reference-is-start",
+    ForgetsTheOptimizer: "resumes",
+    SavesAFreshAdapter: "export-adapter",
+    LoadsFrozen: "export-adapter",
+    ExportsTheBase: "export-merged-16bit",
+    MergesInPlace: "export-merged-16bit",
+    Claims4BitExport: "export-merged-4bit",
+    ExportsWhatItDoesNotClaim: "export-gguf",
+}
+"""Fault → the check that has to find it."""

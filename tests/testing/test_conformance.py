@@ -1,0 +1,185 @@
+"""The conformance kit finds planted faults by name, and passes the backends that are right."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+from faulty_backends import FAULTS
+
+from rlvr.backends.hf.backend import HFBackend
+from rlvr.backends.protocol import ExportFormat, LoraSettings, ModelSettings
+from rlvr.cli import main
+from rlvr.errors import ConfigError, UnknownPluginError
+from rlvr.testing.conformance import CHECKS, GROUPS, backend_checks, check_backend
+from rlvr.testing.conformance.catalogue import NEEDS_OWN_PROCESS, PROCESSES
+
+has_unsloth = importlib.util.find_spec("unsloth") is not None
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_is_found_by_the_check_for_it(fault):
+    report = check_backend(fault(), only=[FAULTS[fault]])
+    (result,) = report.results
+    assert not result.passed, f"not found; measured: {result.message}"
+    assert not report.ok
+    for accident in ("TypeError", "AttributeError", "NameError", "KeyError"):  # caught for what it is, not by accident
+        assert accident not in result.message
+
+
+def test_each_check_that_can_run_in_this_process_has_a_planted_fault():
+    without = {check.name for check in CHECKS if check.group not in NEEDS_OWN_PROCESS} - set(FAULTS.values())
+    assert without == set()
+
+
+def test_every_setting_and_every_export_format_has_a_check():
+    names = {check.name for check in CHECKS}
+    beside = {"setting-gpu-memory-utilization", "lora-alpha-multiplier"}  # within fast-inference, and within alpha
+    for prefix, settings in (("setting-", ModelSettings), ("lora-", LoraSettings)):
+        fields = {prefix + field.name.replace("_", "-") for field in dataclasses.fields(settings)}
+        assert fields - beside <= names
+    assert {f"export-{export_format}" for export_format in ExportFormat.__args__} <= names
+    assert {check.group for check in CHECKS} == set(GROUPS) == {group for groups in PROCESSES for group in groups}
+
+
+@pytest.mark.both
+@pytest.mark.timeout(900)
+def test_hf_passes_every_check(capsys):
+    """End to end: the command, each group in a child process."""
+    if has_unsloth:  # a few, on the other set of versions
+        assert check_backend(
+            "hf", only=["trains-adapter-only", "sampler-is-policy", "resumes", "export-merged-16bit"]
+        ).ok
+        return
+    with pytest.raises(SystemExit) as stop:
+        main(["backends", "check", "hf", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert [row["message"] for row in report["results"] if not row["passed"]] == []
+    assert not stop.value.code
+    assert [row["name"] for row in report["results"]] == [check.name for check in CHECKS]
+
+
+@pytest.mark.unsloth
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(not has_unsloth, reason="the unsloth package is not installed in this environment")
+def test_unsloth_passes_every_check():
+    report = check_backend("unsloth")
+    assert report.ok, str(report)
+    assert len(report.results) == len(CHECKS)
+
+
+def test_a_backend_object_is_checked_in_this_process_without_what_needs_a_fresh_one():
+    seen = []
+    report = check_backend(HFBackend(), only=["plugin", "lora-r", "alone"], on_result=seen.append)
+    assert [result.name for result in report.results] == ["lora-r"]
+    assert seen == list(report.results)
+    assert report.ok
+
+
+def test_unknown_checks_and_backends_are_refused():
+    with pytest.raises(ConfigError, match=r"unknown check 'dtypes'; groups: plugin"):
+        check_backend("hf", only=["dtypes"])
+    with pytest.raises(UnknownPluginError, match="unknown backend 'hff'"):
+        check_backend("hff")
+
+
+@pytest.mark.parametrize("check", backend_checks(HFBackend(), only=["lora-seed", "memory-in-use"]))
+def test_checks_as_a_parametrised_test(check):
+    check()
+
+
+def test_the_parametrised_checks_have_names_and_fail_with_the_finding():
+    (broken,) = (fault for fault, check in FAULTS.items() if check == "lora-alpha")
+    (check,) = backend_checks(broken(), only=["lora-alpha"])
+    assert check.__name__ == "lora-alpha"
+    with pytest.raises(AssertionError, match=r"lora-alpha.*scaled by 1, and LoadedPolicy.lora says 4 / 8 = 0.5"):
+        check()
+
+
+# Strangers' plugins, in processes of their own
+
+PLUGIN = """
+import os
+from rlvr import hookimpl
+{top}
+
+class Backend:
+    protocol_version = 1
+    def capabilities(self):
+        {capabilities}
+    load_policy = apply_lora = training_arguments = for_training = for_inference = capabilities
+    save = load_saved = memory_in_use = capabilities
+
+@hookimpl
+def rlvr_backend():
+    {load}
+    return Backend()
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path, monkeypatch):
+    """Installs a distribution with one backend, `stranger`; its parts are lines of code."""
+
+    def install(*, top="", load="", capabilities="return None"):
+        (tmp_path / "stranger_plugin.py").write_text(
+            PLUGIN.format(top=top, load=load or "pass", capabilities=capabilities)
+        )
+        info = tmp_path / "stranger-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text("[rlvr.backends]\nstranger = stranger_plugin\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    yield install
+    sys.modules.pop("stranger_plugin", None)
+
+
+def test_a_heavy_plugin_module_is_found(plugin):
+    plugin(top="import datasets")
+    (result,) = check_backend("stranger", only=["lazy-plugin"]).results
+    assert not result.passed
+    assert "imports" in result.message
+    assert "datasets" in result.message
+
+
+def test_output_and_files_at_loading_are_found(plugin):
+    plugin(load="print('Welcome!'); open('cache.txt', 'w').close()")
+    (result,) = check_backend("stranger", only=["loads-first"]).results
+    assert not result.passed
+    assert "Welcome!" in result.message
+
+
+def test_a_process_that_dies_is_a_failed_check_with_its_last_lines_and_the_rest_goes_on(plugin):
+    plugin(capabilities="os.write(2, b'kernel panic\\n'); os._exit(7)")
+    results = check_backend("stranger", only=["capabilities", "setting-seed"]).results
+    assert [result.name for result in results] == ["capabilities", "setting-seed"]
+    for result in results:
+        assert not result.passed
+        assert "exit code 7" in result.message
+        assert "kernel panic" in result.message
+
+
+def test_the_command_says_what_failed_and_exits_with_1(plugin, capsys):
+    plugin(capabilities="raise RuntimeError('no device')")
+    with pytest.raises(SystemExit) as stop:
+        main(["backends", "check", "stranger", "--only", "capabilities"])
+    assert stop.value.code == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert "RuntimeError: no device" in out
+    assert "failed: capabilities" in out
+
+
+def test_looking_at_the_command_loads_nothing_heavy():
+    program = (
+        "import sys; import rlvr.testing.conformance; from rlvr.cli import main\n"
+        "try: main(['backends', 'check', '--help'])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'transformers', 'trl', 'peft', 'unsloth') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.stdout.splitlines()[-1] == "[]", result.stderr

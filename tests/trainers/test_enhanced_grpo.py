@@ -1,0 +1,283 @@
+"""The trainer beside stock TRL: same arguments, same numbers, and what it adds."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig
+from tests_support import grpo_config
+
+from rlvr import Environment, Rubric
+from rlvr.errors import ConfigError, PatchedProcessError, RewardError
+from rlvr.testing.tiny import tiny_model
+from rlvr.trainers import EnhancedGRPOTrainer
+from rlvr.trainers.compose import composed
+from rlvr.types import StopReason
+
+pytestmark = pytest.mark.both
+
+PROMPTS = [{"prompt": [{"role": "user", "content": f"say {i}"}]} for i in range(8)]
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def distinct_characters(completions, **_):
+    return [float(len(set(completion[0]["content"]))) for completion in completions]
+
+
+def text_length(trajectory):
+    return float(len(trajectory.text))
+
+
+def environment(**overrides):
+    rows = [{"question": f"count to {i}", "answer": str(i), "level": i % 2} for i in range(8)]
+    settings = {
+        "name": "counting",
+        "train_dataset": rows,
+        "eval_dataset": rows[:2],
+        "rubric": Rubric(text_length),
+    }
+    return Environment(**{**settings, **overrides})
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_trains_exactly_as_trl_does(tmp_path, tokenizer, beta):
+    def run(trainer_class, **engine):
+        trainer = trainer_class(
+            tiny_model(),
+            distinct_characters,
+            grpo_config(tmp_path, beta=beta, max_steps=3),
+            Dataset.from_list(PROMPTS),
+            processing_class=tokenizer,
+            peft_config=lora(),
+            **engine,
+        )
+        trainer.train()
+        return trainer
+
+    ours, theirs = run(EnhancedGRPOTrainer, rollout_engine="generate", shared_prefix="off"), run(trl.GRPOTrainer)
+    assert losses(ours) == losses(theirs)
+    assert any(loss != 0 for loss in losses(ours)) or beta == 0
+    pairs = zip(ours.model.named_parameters(), theirs.model.named_parameters(), strict=False)
+    trained = [(mine, other) for (name, mine), (_, other) in pairs if "default" in name]
+    assert trained
+    assert all(torch.equal(mine, other) for mine, other in trained)
+
+
+def test_isinstance_and_subclassing(tmp_path, model, tokenizer):
+    class Mine(EnhancedGRPOTrainer):
+        def compute_loss(self, *args, **kwargs):
+            self.called = True
+            return super().compute_loss(*args, **kwargs)
+
+    trainer = Mine(
+        model=model,
+        reward_funcs=distinct_characters,
+        args=grpo_config(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(PROMPTS),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    assert trainer.called
+    assert isinstance(trainer, Mine)
+    assert isinstance(trainer, EnhancedGRPOTrainer)
+    assert isinstance(trainer, trl.GRPOTrainer)
+    assert type(trainer).__name__ == "Mine"
+
+
+def test_the_base_is_the_trainer_that_trl_has_now(monkeypatch, model):
+    class UnslothGRPOTrainer:  # as Unsloth generates it: it does not inherit from TRL's
+        pass
+
+    monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
+    model.for_training = model.for_inference = lambda: None
+    trainer = EnhancedGRPOTrainer.__new__(EnhancedGRPOTrainer, model=model)
+    assert isinstance(trainer, UnslothGRPOTrainer)
+    assert isinstance(trainer, EnhancedGRPOTrainer)
+
+
+def test_a_plain_model_is_refused_where_unsloth_has_replaced_the_trainer(monkeypatch, model):
+    class UnslothGRPOTrainer:
+        pass
+
+    monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
+    with pytest.raises(PatchedProcessError, match="FastLanguageModel"):
+        EnhancedGRPOTrainer(model=model, args=None)
+
+
+def test_a_class_that_has_the_base_already_is_not_composed_again():
+    class Base:
+        pass
+
+    class Own(EnhancedGRPOTrainer, Base):
+        pass
+
+    assert composed(Own, Base) is Own
+
+
+def test_an_environment_gives_prompts_rewards_and_records(tmp_path, tokenizer):
+    records = []
+    env = environment(rubric=Rubric(text_length, (lambda_free_metric, 0.0)), system_prompt="Be brief.")
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(),
+        processing_class=tokenizer,
+        env=env,
+        args=grpo_config(tmp_path),
+        peft_config=lora(),
+        trajectory_sinks=[records.extend],
+    )
+    trainer.train()
+    assert len(records) == 8  # 2 steps of 4 completions
+    assert [record.group for record in records] == [0] * 4 + [1] * 4
+    assert [record.step for record in records] == [0] * 4 + [1] * 4
+    for record in records:
+        assert record.prompt[0] == {"role": "system", "content": "Be brief."}
+        assert record.rewards == {
+            "text_length": float(len(record.completion[0]["content"])),
+            "lambda_free_metric": 1.0,
+        }
+        assert record.reward == record.rewards["text_length"]  # the metric has weight 0
+        assert record.stop_reason in (StopReason.END_OF_TURN.value, StopReason.TOKEN_BUDGET.value)
+        json.dumps(record.as_json())
+    for group in (records[:4], records[4:]):
+        mean = sum(record.reward for record in group) / 4
+        deviation = (sum((record.reward - mean) ** 2 for record in group) / 3) ** 0.5
+        expected = [(record.reward - mean) / (deviation + 1e-4) for record in group]
+        assert [record.advantage for record in group] == pytest.approx(expected, abs=1e-4)
+    logged = trainer.state.log_history[0]
+    assert logged["stop_reason/end_of_turn"] + logged["stop_reason/token_budget"] == 1
+
+
+def lambda_free_metric(trajectory):
+    return 1.0 if set(trajectory.example) == {"question", "answer", "level"} else 0.0
+
+
+def test_reward_functions_beside_an_environment_see_its_columns(tmp_path, tokenizer):
+    seen = []
+
+    def beside(completions, answer, level, **_):
+        seen.extend(zip(answer, level, strict=True))
+        assert all(message["role"] == "assistant" for completion in completions for message in completion)
+        return [0.5] * len(completions)
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=environment(), reward_funcs=beside,
+        args=grpo_config(tmp_path, max_steps=1, reward_weights=[2.0]),
+    )  # fmt: skip
+    trainer.train()
+    assert all(int(answer) % 2 == level for answer, level in seen)
+    assert trainer.reward_weights.tolist() == [1.0, 2.0]
+    assert trainer.state.log_history[0]["rewards/beside/mean"] == 0.5
+
+
+def test_arguments_of_the_caller_are_left_alone(tmp_path, tokenizer):
+    args = grpo_config(tmp_path, beta=0.1)
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=environment(), args=args, peft_config=lora()
+    )
+    assert args.beta == 0.1
+    assert args.reward_weights is None
+    assert trainer.args.beta == trainer.beta == 0.1
+
+
+def test_evaluation_generates_and_scores_only(tmp_path, tokenizer, monkeypatch):
+    records = []
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=environment(), peft_config=lora(),
+        args=grpo_config(tmp_path, beta=0.1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4),
+        trajectory_sinks=[records.extend],
+    )  # fmt: skip
+    forwards = []
+    monkeypatch.setattr(type(trainer), "compute_loss", lambda *_, **__: forwards.append("loss"))
+    metrics = trainer.evaluate()
+    assert not forwards
+    assert [record.phase for record in records] == ["eval"] * 8  # 2 rows of 4 completions
+    mean = sum(record.reward for record in records) / 8
+    assert metrics["eval_reward"] == pytest.approx(mean)
+    assert "eval_loss" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+        ("good", "'good' of type str"),
+        ([1.0], "of type list"),
+    ],
+)
+def test_a_bad_reward_stops_the_run_after_saving(tmp_path, tokenizer, value, words):
+    calls = []
+
+    def bad_reward(completions, **_):
+        calls.append(1)
+        return [1.0] * (len(completions) - 1) + [value if len(calls) == 2 else 0.5]
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=bad_reward, args=grpo_config(tmp_path),
+        train_dataset=Dataset.from_list([{**row, "answer": "7"} for row in PROMPTS]), peft_config=lora(),
+    )  # fmt: skip
+    with pytest.raises(RewardError) as caught:
+        trainer.train()
+    assert "bad_reward" in str(caught.value)
+    assert words in str(caught.value)
+    assert "'answer': '7'" in str(caught.value)
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+def test_a_rubric_function_that_raises_names_itself_and_the_example(tmp_path, tokenizer):
+    def broken(trajectory):
+        return 1 / 0
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=environment(rubric=Rubric(broken)),
+        args=grpo_config(tmp_path), peft_config=lora(),
+    )  # fmt: skip
+    with pytest.raises(RewardError, match=r"(?s)'broken' raised ZeroDivisionError.*count to"):
+        trainer.train()
+
+
+def test_a_reward_list_of_the_wrong_length_names_both_lengths(tmp_path, tokenizer):
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=lambda completions, **_: [1.0],
+        args=grpo_config(tmp_path), train_dataset=Dataset.from_list(PROMPTS), peft_config=lora(),
+    )  # fmt: skip
+    with pytest.raises(RewardError, match="1 values for 4 completions"):
+        trainer.train()
+
+
+def test_none_still_means_not_applicable(tmp_path, tokenizer):
+    def sometimes(completions, **_):
+        return [None, 1.0, 0.0, None]
+
+    records = []
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=sometimes, trajectory_sinks=[records.extend],
+        args=grpo_config(tmp_path, max_steps=1), train_dataset=Dataset.from_list(PROMPTS), peft_config=lora(),
+    )  # fmt: skip
+    trainer.train()
+    assert [record.reward for record in records] == [None, 1.0, 0.0, None]
+    assert records[0].advantage == 0.0
+
+
+@pytest.mark.parametrize("argument", ["tools", "rollout_func", "environment_factory"])
+def test_an_environment_excludes_trls_own_ways(tmp_path, tokenizer, argument):
+    given = {argument: [len] if argument == "tools" else lambda *_: None}
+    with pytest.raises(ConfigError, match=argument):
+        EnhancedGRPOTrainer(
+            model=tiny_model(),
+            processing_class=tokenizer,
+            env=environment(),
+            args=grpo_config(tmp_path),
+            **given,
+        )

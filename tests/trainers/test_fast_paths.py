@@ -1,0 +1,240 @@
+"""The fast paths inside the trainer: runs that stock TRL, the plain engine and the padded forward repeat."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import trl
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from tests_support import grpo_config
+
+from rlvr.testing.tiny import tiny_model
+from rlvr.trainers import EnhancedGRPOTrainer
+from rlvr.trainers.fused_layers import _RmsNorm
+from rlvr.trainers.fused_lora import _LoraProduct
+
+pytestmark = pytest.mark.both
+
+PROMPTS = ["say one", "count to twenty-two", "x", "what is the colour of the sky?"]
+GROUP = 6
+
+
+def lora():
+    return LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", lora_alpha=16)
+
+
+def scripted(prompts, trainer):
+    """The same completions for everybody: random tokens, some cut off and some ended by EOS, new ones every step."""
+    tokenizer = trainer.processing_class
+    generator = torch.Generator().manual_seed(trainer.state.global_step)
+    completions = []
+    for _ in prompts:
+        length = int(torch.randint(1, 7, (), generator=generator))
+        ids = torch.randint(3, 259, (length,), generator=generator).tolist()
+        completions.append(ids if length == 6 else [*ids, tokenizer.eos_token_id])
+    return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
+
+
+def distinct_tokens(completion_ids, **_):
+    return [len(set(ids)) + 0.1 * (ids[0] % 7) for ids in completion_ids]
+
+
+def run(trainer_class, folder, tokenizer, *, peft_config=None, rollout_func=scripted, config=None, **arguments):
+    """Three optimizer steps by SGD, so that weights show gradients as they are: two prompts, micro-batches that cut
+    groups."""
+    settings = {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": GROUP, "max_steps": 3,
+        "learning_rate": 0.5, "optim": "sgd", "lr_scheduler_type": "constant", "max_grad_norm": 0.0,
+        "loss_type": "dapo", **(config or {}),
+    }  # fmt: skip
+    trainer = trainer_class(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=distinct_tokens, rollout_func=rollout_func,
+        args=grpo_config(folder, **settings), peft_config=peft_config,
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]), **arguments,
+    )  # fmt: skip
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name):
+    return [row[name] for row in trainer.state.log_history if name in row]
+
+
+def trained(trainer):
+    return [p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in name]
+
+
+WHOLE = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
+RUNS = {
+    **{name: {"loss_type": name} for name in ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")},
+    "luspo": {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+    "bnpo": {"loss_type": "bnpo", **WHOLE},  # divides by the tokens of the micro-batch
+    "kl": {"beta": 0.2},
+    "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
+    "entropy bonus": {"entropy_coef": 0.1},
+    "entropy quantile": {"top_entropy_quantile": 0.4321, **WHOLE},  # of the micro-batch, between two tokens
+    "two iterations": {"num_iterations": 2, "beta": 0.1, "max_steps": 4},
+    "truncated masked": {"mask_truncated_completions": True},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_with_shared_prompts_equals_trls(tmp_path, tokenizer, name):
+    """Rows are shuffled otherwise, so sums over an optimizer step are compared: its loss, and the weights."""
+    arguments = {"config": RUNS[name], "peft_config": lora()}
+    ours = run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", **arguments)
+    theirs = run(trl.GRPOTrainer, tmp_path, tokenizer, **arguments)
+    assert_same_run(ours, theirs)
+
+
+def test_full_fine_tuning_equals_trls(tmp_path, tokenizer):
+    config = {"learning_rate": 0.05}
+    ours = run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", config=config)
+    assert_same_run(ours, run(trl.GRPOTrainer, tmp_path, tokenizer, config=config))
+
+
+def assert_same_run(ours, theirs):
+    assert ours.token_ratio_saved > 0.3
+    assert min(logged(ours, "grad_norm")) > 1e-3
+    for name, tolerance in (("loss", 2e-6), ("grad_norm", 1e-5), ("entropy", 1e-5)):
+        assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-4, abs=tolerance), name
+    for mine, other in zip(trained(ours), trained(theirs), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=3e-5)
+
+
+ENGINES = [("generate", "off"), ("generate", "on"), ("grouped", "off"), ("grouped", "on")]
+
+
+def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
+    """All completions of a prompt are equal, so advantages move nothing; the entropy bonus does."""
+
+    def trajectories(engine, shared_prefix):
+        seen = []
+
+        def keep(completion_ids, **_):
+            seen.append([tuple(ids) for ids in completion_ids])
+            return [0.0] * len(completion_ids)
+
+        config = {"entropy_coef": 1.0, "top_k": 1, "max_steps": 5, "learning_rate": 2.0, "max_completion_length": 8}
+        trainer = EnhancedGRPOTrainer(
+            model=tiny_model(), processing_class=tokenizer, reward_funcs=keep,
+            args=grpo_config(tmp_path, optim="sgd", lr_scheduler_type="constant", shuffle_dataset=False,
+                             per_device_train_batch_size=4, num_generations=2, **config),
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS[:2]]),
+            rollout_engine=engine, shared_prefix=shared_prefix,
+        )  # fmt: skip
+        trainer.train()
+        assert trainer.engine.name == engine
+        assert trainer.shares_prefix == (shared_prefix == "on")
+        return seen, trainer
+
+    reference, plain = trajectories(*ENGINES[0])
+    assert len(reference) == 5
+    assert len({tuple(step) for step in reference}) > 1  # the policy that samples has changed
+    for choice in ENGINES[1:]:
+        seen, trainer = trajectories(*choice)
+        assert seen == reference, choice
+        for mine, other in zip(trained(trainer), trained(plain), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """How often each fused function ran."""
+    counts = {}
+    for function in (_RmsNorm, _LoraProduct):
+        counts[function.__name__] = 0
+
+        def apply(*args, own=function.apply, name=function.__name__):
+            counts[name] += 1
+            return own(*args)
+
+        monkeypatch.setattr(function, "apply", apply)
+    return counts
+
+
+class Watched(EnhancedGRPOTrainer):
+    """Looks at every weight and every layer before and after each rollout."""
+
+    fuses = False
+    rollouts = 0
+
+    def _set_up_shared_prefix(self, asked):
+        super()._set_up_shared_prefix(asked)
+        if self.fuses:
+            self._fuse()  # as on CUDA
+
+    def _generate(self, prompts):
+        before = {name: p.clone() for name, p in self.model.state_dict().items()}
+        modules = [type(module) for module in self.model.modules()]
+        output = super()._generate(prompts)
+        for name, value in self.model.state_dict().items():
+            assert torch.equal(value, before[name]), name
+        assert [type(module) for module in self.model.modules()] == modules
+        assert not fused_modules(self.model)
+        self.rollouts += 1
+        return output
+
+
+def fused_modules(model):
+    return [m for m in model.modules() if "rlvr" in type(m.__dict__.get("forward")).__module__]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rollouts_leave_every_weight_as_it_was(tmp_path, tokenizer, dtype):
+    model = tiny_model().to(dtype)
+    trainer = Watched(
+        model=model, processing_class=tokenizer, reward_funcs=distinct_tokens, peft_config=lora(),
+        args=grpo_config(tmp_path, max_steps=3), rollout_engine="grouped",
+        train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.rollouts == 3
+
+
+def test_fused_layers_train_the_same_and_stay_out_of_everything_else(tmp_path, tokenizer, fused_calls, monkeypatch):
+    """Rollouts with merged adapters, training with fused layers, saving, and PEFT's own functions, in one run."""
+
+    def train(fuses):
+        monkeypatch.setattr(Watched, "fuses", fuses)
+        config = {"max_steps": 3, "gradient_checkpointing": True, "num_iterations": 1, "beta": 0.1}
+        trainer = run(
+            Watched, tmp_path / str(fuses), tokenizer, peft_config=lora(), rollout_func=None, config=config,
+            rollout_engine="grouped", shared_prefix="on",
+        )  # fmt: skip
+        trainer.save_model(str(tmp_path / str(fuses)))
+        return trainer
+
+    plain = train(False)
+    assert not any(fused_calls.values())
+    fused = train(True)
+    assert all(fused_calls.values())
+    assert logged(fused, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4, abs=2e-6)
+    for mine, other in zip(trained(fused), trained(plain), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+    assert fused.rollouts == 3
+    assert not fused_modules(fused.model)
+
+    ids = torch.arange(3, 13)[None]
+    expected = fused.model.eval()(input_ids=ids).logits
+    saved = PeftModel.from_pretrained(tiny_model(), tmp_path / "True").eval()
+    torch.testing.assert_close(saved(input_ids=ids).logits, expected)
+    torch.testing.assert_close(fused.model.merge_and_unload()(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_fuses_captures_and_restores(tmp_path, tokenizer, fused_calls):
+    config = {"use_cpu": False, "bf16": True, "gradient_checkpointing": True, "learning_rate": 1e-2, "beta": 0.1}
+    trainer = run(
+        Watched, tmp_path, tokenizer, peft_config=lora(), rollout_func=None, config=config,
+        rollout_engine="grouped", shared_prefix="on",
+    )  # fmt: skip
+    assert trainer.rollouts == 3
+    assert all(fused_calls.values())
+    assert not fused_modules(trainer.model)
+    assert min(logged(trainer, "grad_norm")) > 0
