@@ -77,9 +77,7 @@ def build_model(shape: str):
         model = Qwen2ForCausalLM(config)
     torch.set_default_dtype(torch.float32)
     head = add_head(model)
-    model = get_peft_model(
-        model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM")
-    )
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=LINEAR, task_type="CAUSAL_LM"))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train(), head
 
@@ -166,15 +164,11 @@ class Variant:
     def logps(self, model, input_ids, attention_mask, columns):
         if self.forward in ("sdpa", "flash"):
             flash = self.forward == "flash"
-            return shared_prefix_logps(
-                model, input_ids, attention_mask, columns, compute_entropy=True, flash=flash
-            )[0]
+            return shared_prefix_logps(model, input_ids, attention_mask, columns, compute_entropy=True, flash=flash)[0]
         if self.forward == "padded":
             labels = input_ids.masked_fill(attention_mask == 0, -100)
             labels[:, :-columns] = -100
-            outputs = model(
-                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True
-            )
+            outputs = model(input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True)
             return outputs.log_probs[:, -columns:]
         packed = pack_rows(input_ids, attention_mask, columns)
         outputs = model(
@@ -230,9 +224,7 @@ def update(variant, model, micro_batches):
 
 def measure(variant, model, options):
     torch.manual_seed(1)
-    micro_batches = [
-        make_micro_batch(options, variant.groups) for _ in range(options.groups // variant.groups)
-    ]
+    micro_batches = [make_micro_batch(options, variant.groups) for _ in range(options.groups // variant.groups)]
     start = time.perf_counter()
     first = update(variant, model, micro_batches[:1])
     warm_up = time.perf_counter() - start
@@ -265,9 +257,7 @@ def profile(variant, model, options):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="1.5b" if CUDA else "tiny")
     parser.add_argument("--prompt-tokens", type=int, default=2048)
     parser.add_argument("--completion-tokens", type=int, default=256)
@@ -284,9 +274,7 @@ def main() -> None:
     model, head = build_model(options.shape)
     enable(unwrap(model))
     device = torch.cuda.get_device_name() if CUDA else "cpu"
-    print(
-        json.dumps({"device": device, "torch": torch.__version__, "head": head, **vars(options)}, default=str)
-    )
+    print(json.dumps({"device": device, "torch": torch.__version__, "head": head, **vars(options)}, default=str))
     reference = None
     for variant in map(Variant, filter(None, options.variants.split(","))):
         row = {"variant": variant.name}

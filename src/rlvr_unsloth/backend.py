@@ -87,9 +87,7 @@ class UnslothBackend:
                     f"was asked for; use dtype='auto' or {_name(loaded)!r}."
                 )
             notes.append(f"Unsloth chose {_name(loaded)} for this model.")
-        notes.append(
-            f"loaded {settings.model} in {_name(loaded)} on {model.device}, Unsloth {unsloth.__version__}."
-        )
+        notes.append(f"loaded {settings.model} in {_name(loaded)} on {model.device}, Unsloth {unsloth.__version__}.")
         notes += _inference_notes(settings, fast_inference)
         return LoadedPolicy(model=model, tokenizer=tokenizer, settings=settings, notes=tuple(notes))
 
@@ -146,9 +144,7 @@ class UnslothBackend:
         changes = [
             ArgumentChange("bf16", dtype is torch.bfloat16, same),
             ArgumentChange("fp16", dtype is torch.float16, same),
-            ArgumentChange(
-                "gradient_checkpointing", False, "Unsloth's own is in the model; TRL's would replace it"
-            ),
+            ArgumentChange("gradient_checkpointing", False, "Unsloth's own is in the model; TRL's would replace it"),
         ]
         if has_vllm(policy):
             shared = "the policy was loaded beside vLLM, which shares its weights"
@@ -187,9 +183,7 @@ class UnslothBackend:
                     str(folder), tokenizer=policy.tokenizer, save_method=_SAVE_METHODS[export_format]
                 )
             except NotImplementedError as error:
-                raise UnsupportedSettingError(
-                    f"Unsloth cannot export {export_format!r} here: {error}"
-                ) from error
+                raise UnsupportedSettingError(f"Unsloth cannot export {export_format!r} here: {error}") from error
 
     def load_saved(self, folder: Path, settings: ModelSettings, *, trainable: bool = False) -> LoadedPolicy:
         """Loads what `save` wrote: an adapter onto `settings.model`, or a merged model."""
@@ -209,9 +203,7 @@ class UnslothBackend:
             tokenizer.pad_token = checked.pad_token
         peft_config: Any = model.peft_config["default"]
         lora = lora_settings(peft_config)
-        policy = LoadedPolicy(
-            model=model, tokenizer=tokenizer, settings=settings, lora=lora, notes=tuple(notes)
-        )
+        policy = LoadedPolicy(model=model, tokenizer=tokenizer, settings=settings, lora=lora, notes=tuple(notes))
         if trainable:
             self.for_training(policy)
         else:
@@ -224,9 +216,7 @@ class UnslothBackend:
 
     def _check(self, settings: ModelSettings, lora: LoraSettings | None) -> None:
         check_settings(self.name, self.capabilities(), settings, lora)
-        if settings.device is not None and torch.device(settings.device).type != (
-            "cpu" if on_cpu() else "cuda"
-        ):
+        if settings.device is not None and torch.device(settings.device).type != ("cpu" if on_cpu() else "cuda"):
             here = "has no GPU that Unsloth can use" if on_cpu() else "has a GPU, which Unsloth always takes"
             raise UnsupportedSettingError(
                 f"device={settings.device!r}: this process {here}. Leave device out"
@@ -310,9 +300,7 @@ def _check_lora_for_vllm(lora: LoraSettings) -> None:
     if lora.dora:
         problems.append("vLLM cannot serve a DoRA adapter; use fast_inference='off'.")
     if lora.r > MAX_LORA_RANK:
-        problems.append(
-            f"lora r is {lora.r}; beside vLLM it is {MAX_LORA_RANK} at most, or use fast_inference='off'."
-        )
+        problems.append(f"lora r is {lora.r}; beside vLLM it is {MAX_LORA_RANK} at most, or use fast_inference='off'.")
     if problems:
         raise UnsupportedSettingError(problems)
 
@@ -390,9 +378,7 @@ def _adapter_on(folder: Path, settings: ModelSettings) -> Iterator[Path]:
 
 def _inference_notes(settings: ModelSettings, fast_inference: bool) -> list[str]:
     if fast_inference:
-        return [
-            f"sampling with vLLM, which may take {settings.gpu_memory_utilization:.0%} of the GPU's memory."
-        ]
+        return [f"sampling with vLLM, which may take {settings.gpu_memory_utilization:.0%} of the GPU's memory."]
     if settings.fast_inference == "auto" and not on_cpu():
         reason = _vllm_conflict(settings) or 'is not installed for this GPU: pip install "rlvr[vllm]".'
         return [f"sampling without vLLM, which {reason}"]

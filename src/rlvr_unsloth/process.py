@@ -43,9 +43,7 @@ def import_unsloth() -> Any:
             f"needs with: {INSTALL}"
         ) from error
     if unsloth.DEVICE_TYPE == "mlx":
-        raise BackendUnavailableError(
-            "Unsloth has no GRPO on Apple's MLX. Use the backend 'hf' on this machine."
-        )
+        raise BackendUnavailableError("Unsloth has no GRPO on Apple's MLX. Use the backend 'hf' on this machine.")
     return unsloth
 
 

@@ -62,9 +62,7 @@ DAMAGE = {
         "is damaged: its header cannot be read",
     ),
     "LFS pointer": (
-        lambda f: (f / "model.safetensors").write_text(
-            "version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
-        ),
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
         "is a Git LFS pointer",
     ),
     "missing shard": (

@@ -170,18 +170,14 @@ def test_only_the_adapter_is_trained_and_it_starts_as_the_base(backend, settings
 
 
 def test_lora_settings_are_honoured(backend, settings):
-    lora = LoraSettings(
-        r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "down_proj"), rslora=True, seed=3
-    )
+    lora = LoraSettings(r=4, alpha=8, dropout=0.1, target_modules=("q_proj", "down_proj"), rslora=True, seed=3)
     policy = backend.apply_lora(backend.load_policy(settings), lora)
     assert policy.lora == dataclasses.replace(lora, alpha_multiplier=1)
     q_proj = layer(policy)
     assert q_proj.scaling["default"] == pytest.approx(8 / math.sqrt(4))
     assert q_proj.lora_dropout["default"].p == 0.1
     adapted = {
-        name.split(".lora_A")[0].split(".")[-1]
-        for name, _ in policy.model.named_parameters()
-        if "lora_A" in name
+        name.split(".lora_A")[0].split(".")[-1] for name, _ in policy.model.named_parameters() if "lora_A" in name
     }
     assert adapted == {"q_proj", "down_proj"}
 
@@ -196,9 +192,7 @@ def test_alpha_multiplier(backend, settings, multiplier, applied):
 
 
 def test_an_alpha_that_is_not_whole_is_refused():
-    with pytest.raises(
-        ConfigError, match=r"alpha_multiplier is 0.3; alpha=16 times it must be a whole number"
-    ):
+    with pytest.raises(ConfigError, match=r"alpha_multiplier is 0.3; alpha=16 times it must be a whole number"):
         LoraSettings(alpha_multiplier=0.3)
 
 
@@ -385,15 +379,11 @@ def test_a_subclass_put_in_the_place_of_trls_trainer_is_seen_too(monkeypatch):
 
     assert trl.GRPOTrainer is not None
     assert replaced_trainer() is None
-    monkeypatch.setattr(
-        trl, "GRPOTrainer", type("GRPOTrainer", (trl.GRPOTrainer,), {"__module__": "elsewhere"})
-    )
+    monkeypatch.setattr(trl, "GRPOTrainer", type("GRPOTrainer", (trl.GRPOTrainer,), {"__module__": "elsewhere"}))
     assert replaced_trainer() == "elsewhere.GRPOTrainer"
 
 
 def test_loading_the_backend_does_not_import_trl():
     code = "import rlvr, sys; rlvr.load_backend('hf'); print('trl' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert result.stdout.strip() == "False"

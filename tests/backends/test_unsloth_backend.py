@@ -122,9 +122,7 @@ def test_hf_and_unsloth_share_a_cpu_process(backend, settings):
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16"])
 def test_dtype_is_honoured_and_auto_is_the_checkpoints(backend, settings, dtype):
     policy = backend.load_policy(dataclasses.replace(settings, dtype=dtype))
-    assert {p.dtype for p in policy.model.parameters()} == {
-        torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    }
+    assert {p.dtype for p in policy.model.parameters()} == {torch.bfloat16 if dtype == "bfloat16" else torch.float32}
     changes = {change.name: change.value for change in backend.training_arguments(policy)}
     assert (changes["bf16"], changes["fp16"]) == (dtype == "bfloat16", False)
 
@@ -242,9 +240,7 @@ def test_every_kind_of_adapter_is_applied_and_survives_saving(backend, settings,
 
 def test_an_adapter_goes_onto_the_model_that_is_named_not_the_one_it_remembers(backend, settings, tmp_path):
     other = save_tiny(tmp_path / "other", seed=9)
-    backend.save(
-        train_adapter(backend.apply_lora(backend.load_policy(settings), LoraSettings(r=4))), tmp_path / "a"
-    )
+    backend.save(train_adapter(backend.apply_lora(backend.load_policy(settings), LoraSettings(r=4))), tmp_path / "a")
     remembered = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
     loaded = backend.load_saved(tmp_path / "a", ModelSettings(model=str(other)), trainable=True)
     base = load_backend("hf").load_policy(ModelSettings(model=str(other)))
@@ -262,9 +258,7 @@ def test_a_merged_model_is_the_base_plus_ba(backend, settings, tmp_path):
     delta = (16 / 4) * q_proj.lora_B["default"].weight @ q_proj.lora_A["default"].weight
     merged = load_backend("hf").load_saved(tmp_path, settings)
     assert not isinstance(merged.model, PeftModel)
-    torch.testing.assert_close(
-        layer(merged).weight.float(), q_proj.base_layer.weight + delta, rtol=2**-7, atol=1e-4
-    )
+    torch.testing.assert_close(layer(merged).weight.float(), q_proj.base_layer.weight + delta, rtol=2**-7, atol=1e-4)
 
 
 def test_full_finetuning_trains_everything_and_takes_no_lora(backend, settings, tmp_path):
@@ -370,9 +364,7 @@ def test_vllm_is_left_out_or_refused_where_unsloth_cannot_have_it(backend, setti
 @pytest.mark.usefixtures("on_gpu")
 def test_vllm_missing_is_said_with_the_install_line(backend, settings, monkeypatch):
     monkeypatch.setattr(backend_module, "find_spec", lambda name: None if name == "vllm" else object())
-    with pytest.raises(
-        UnsupportedSettingError, match=r'fast_inference=.on.(?s:.*)pip install "rlvr\[vllm\]"'
-    ):
+    with pytest.raises(UnsupportedSettingError, match=r'fast_inference=.on.(?s:.*)pip install "rlvr\[vllm\]"'):
         backend.load_policy(dataclasses.replace(settings, fast_inference="on"))
 
 

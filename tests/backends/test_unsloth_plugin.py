@@ -21,9 +21,7 @@ def test_without_the_package_it_is_listed_and_refused_with_the_install_line():
     (status,) = [status for status in list_backends() if status.name == "unsloth"]
     assert not status.available
     assert status.reason == 'unsloth not installed. Install with: pip install "rlvr[unsloth]"'
-    with pytest.raises(
-        BackendUnavailableError, match=r'cannot be used here: .*pip install "rlvr\[unsloth\]"'
-    ):
+    with pytest.raises(BackendUnavailableError, match=r'cannot be used here: .*pip install "rlvr\[unsloth\]"'):
         load_backend("unsloth")
 
 

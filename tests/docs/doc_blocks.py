@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import shlex
@@ -71,17 +72,18 @@ def _run_command(command: str, *, only_read: bool) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), command
     elif words[:2] == ["pip", "install"]:
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in itertools.pairwise(words):
             assert option != "--constraint" or (ROOT / value).is_file(), command
     elif words[0] == "rlvr":
-        before = dict(os.environ)
+        before, code = dict(os.environ), None
         os.environ.update(variables)
         try:
             main([*words[1:], *(["--dry-run"] if only_read else [])])
         except SystemExit as end:
-            assert not end.code, command
+            code = end.code
         finally:
             os.environ.clear()
             os.environ.update(before)
+        assert not code, command
     else:
         assert words[0] in NOT_RUN, f"no test runs this command: {command}"

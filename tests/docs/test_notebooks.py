@@ -27,7 +27,9 @@ def executed(name, folder, *, backend):
             cells.append(copy.deepcopy(cell))
             cells[-1]["id"] = f"{cell['id']}-again"
     notebook.cells = cells
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client = NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    )
     asyncio.run(client.async_execute())
     return {cell["id"]: cell for cell in notebook.cells}
 
@@ -44,7 +46,9 @@ def test_quickstart(workplace, backend):
     first, second = (json.loads(path.read_text()) for path in runs)
     assert first["backend"] == second["backend"] == backend
     assert first["eval_before"] == second["eval_before"]
-    assert f"{second['eval_before']['exact_match']:.3f} →" in "".join(text(cell) for cell in cells.values() if "outputs" in cell)
+    assert f"{second['eval_before']['exact_match']:.3f} →" in "".join(
+        text(cell) for cell in cells.values() if "outputs" in cell
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,4 +63,5 @@ def test_switch_backend(workplace, backend):
 def test_notebooks_are_kept_without_outputs():
     for path in NOTEBOOKS.glob("*.ipynb"):
         for cell in nbformat.read(path, as_version=4).cells:
-            assert not cell.get("outputs") and cell.get("execution_count") is None
+            assert not cell.get("outputs")
+            assert cell.get("execution_count") is None

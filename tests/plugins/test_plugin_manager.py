@@ -133,8 +133,7 @@ BROKEN = {
         "every option needs a default",
     ),
     "availability raises": (
-        GOOD_BACKEND
-        + "\n    @hookimpl\n    def rlvr_backend_availability():\n        raise OSError('disk')\n",
+        GOOD_BACKEND + "\n    @hookimpl\n    def rlvr_backend_availability():\n        raise OSError('disk')\n",
         "rlvr_backend_availability raised OSError: disk",
     ),
     "availability is no reason": (
@@ -203,9 +202,7 @@ def test_an_object_that_is_no_backend_is_refused_too():
 
 
 def test_errors_of_the_project_pass_through_a_plugin_unchanged(install):
-    code = GOOD_BACKEND.replace(
-        "return Backend()", "from rlvr.errors import ModelError; raise ModelError('mine')"
-    )
+    code = GOOD_BACKEND.replace("return Backend()", "from rlvr.errors import ModelError; raise ModelError('mine')")
     install("raisesours", code)
     with pytest.raises(ModelError, match=r"^mine$"):
         load_backend("raisesours")
@@ -285,10 +282,7 @@ def test_unknown_options_are_refused_all_at_once_with_the_allowed_ones(install_e
     with pytest.raises(ConfigError) as raised:
         load_environment("strict", level=1, colour="red")
     assert len(raised.value.problems) == 2
-    assert (
-        "no option 'level'; it takes: levels, prompt, variant. Did you mean 'levels'?"
-        in raised.value.problems[0]
-    )
+    assert "no option 'level'; it takes: levels, prompt, variant. Did you mean 'levels'?" in raised.value.problems[0]
 
 
 def test_an_option_without_a_default_must_be_given(install_environment):
@@ -312,9 +306,7 @@ def test_an_environment_with_free_options_takes_anything(install_environment):
 
 
 def test_options_can_be_looked_at_with_types_and_defaults(install_environment):
-    install_environment(
-        "described", "from __future__ import annotations\n" + textwrap.dedent(GOOD_ENVIRONMENT)
-    )
+    install_environment("described", "from __future__ import annotations\n" + textwrap.dedent(GOOD_ENVIRONMENT))
     options = environment_options("described")
     assert list(options) == ["levels", "prompt", "variant"]
     assert (options["levels"].annotation, options["levels"].default) == (int, 3)
@@ -332,9 +324,7 @@ def test_an_environment_that_fails_to_start_names_its_distribution(install_envir
 
 def test_what_is_no_environment_is_refused(install_environment):
     install_environment("notone", GOOD_ENVIRONMENT.replace("return Environment", "return dict"))
-    with pytest.raises(
-        PluginLoadError, match=r"returned an object of type dict; it must return an rlvr.Environment"
-    ):
+    with pytest.raises(PluginLoadError, match=r"returned an object of type dict; it must return an rlvr.Environment"):
         load_environment("notone")
 
 

@@ -66,9 +66,7 @@ def test_gradcheck():
     )
     for tensor in (x, a, b):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *free: _LoraProduct.apply(free[0], weight, bias, *free[1:], 1.5), (x, a, b)
-    )
+    assert torch.autograd.gradcheck(lambda *free: _LoraProduct.apply(free[0], weight, bias, *free[1:], 1.5), (x, a, b))
 
 
 def test_under_autocast_as_near_to_float32_as_peft(calls):

@@ -49,8 +49,7 @@ def check_model_folder(model: str) -> Path | None:
                 "model, and this folder as the adapter."
             )
         raise ModelError(
-            f"model folder {model!r} has no config.json. Save the model there with "
-            "model.save_pretrained(folder)."
+            f"model folder {model!r} has no config.json. Save the model there with model.save_pretrained(folder)."
         )
     for weights in _weight_files(folder):
         problem = safetensors_problem(weights) if weights.suffix == ".safetensors" else None
@@ -68,9 +67,7 @@ def _weight_files(folder: Path) -> list[Path]:
             try:
                 shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ModelError(
-                    f"weights index {index} is damaged: {error!r}. Copy or download it again."
-                ) from error
+                raise ModelError(f"weights index {index} is damaged: {error!r}. Copy or download it again.") from error
             missing = [shard for shard in shards if not (folder / shard).is_file()]
             if missing:
                 raise ModelError(
@@ -157,9 +154,7 @@ def check_length(settings: ModelSettings, config: PretrainedConfig) -> None:
 # Tokenizer
 
 
-def load_tokenizer(
-    settings: ModelSettings, config: PretrainedConfig
-) -> tuple[PreTrainedTokenizerBase, list[str]]:
+def load_tokenizer(settings: ModelSettings, config: PretrainedConfig) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer that goes with the model, ready for training, and what was decided about it.
 
     Raises:
@@ -246,8 +241,7 @@ def choose_device(settings: ModelSettings) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UnsupportedSettingError(
-            f"device {settings.device!r} is not there: {str(error).splitlines()[0]}. Leave device out, or "
-            "use 'cpu'."
+            f"device {settings.device!r} is not there: {str(error).splitlines()[0]}. Leave device out, or use 'cpu'."
         ) from error
     return device
 

@@ -136,9 +136,7 @@ def load_environment(name: str | Environment, **options: Any) -> Environment:
 
     if isinstance(name, Environment):
         if options:
-            raise ConfigError(
-                f"options were given for an environment that exists already: {', '.join(options)}."
-            )
+            raise ConfigError(f"options were given for an environment that exists already: {', '.join(options)}.")
         return name
     plugin_name, _, variant = name.partition(":")
     plugin = _load(_ENVIRONMENT, plugin_name)
@@ -202,9 +200,7 @@ def _distribution(entry_point: EntryPoint) -> tuple[str, str]:
 
 def _list(kind: _Kind) -> list[PluginStatus]:
     return [
-        _status(kind, name, entry_point, claims)
-        for name, claims in _discover(kind).items()
-        for entry_point in claims
+        _status(kind, name, entry_point, claims) for name, claims in _discover(kind).items() for entry_point in claims
     ]
 
 
@@ -237,9 +233,7 @@ def _load(kind: _Kind, name: str) -> _Plugin:
 
 def _duplicate(kind: _Kind, name: str, claims: list[EntryPoint]) -> DuplicatePluginError:
     claimants = " and ".join(" ".join(_distribution(claim)) for claim in claims)
-    return DuplicatePluginError(
-        f"the {kind.noun} name {name!r} is claimed by {claimants}; uninstall one of them."
-    )
+    return DuplicatePluginError(f"the {kind.noun} name {name!r} is claimed by {claimants}; uninstall one of them.")
 
 
 # Loading
@@ -285,8 +279,7 @@ def _import(kind: _Kind, name: str, entry_point: EntryPoint) -> _Plugin:
             raise broken(f"{kind.availability} raised {_cause(error)}") from error
         if not (unavailable is None or isinstance(unavailable, str)):
             raise broken(
-                f"{kind.availability} returned {unavailable!r}; it must return None, or the reason as a "
-                "string."
+                f"{kind.availability} returned {unavailable!r}; it must return None, or the reason as a string."
             )
     # pluggy would not pass **options on, so that the function is called directly
     return _Plugin(label, factories[0].function, unavailable)
@@ -338,26 +331,20 @@ def _with_variant(
         raise ConfigError(f"environment {name!r} has no variants; got {name}:{variant}. Use {name!r} alone.")
     if options.get("variant", variant) != variant:
         raise ConfigError(
-            f"two variants of environment {name!r} were asked for: {variant!r} and {options['variant']!r}; "
-            "give one."
+            f"two variants of environment {name!r} were asked for: {variant!r} and {options['variant']!r}; give one."
         )
     return {**options, "variant": variant}
 
 
-def _option_problems(
-    name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any]
-) -> list[str]:
-    named = [
-        key for key, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-    ]
+def _option_problems(name: str, parameters: Mapping[str, inspect.Parameter], options: Mapping[str, Any]) -> list[str]:
+    named = [key for key, parameter in parameters.items() if parameter.kind is not inspect.Parameter.VAR_KEYWORD]
     problems = []
     for option in options:
         if option not in named and not _takes_anything(parameters):
             close = difflib.get_close_matches(option, named, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             problems.append(
-                f"environment {name!r} has no option {option!r}; it takes: "
-                f"{', '.join(named) or 'none'}.{hint}"
+                f"environment {name!r} has no option {option!r}; it takes: {', '.join(named) or 'none'}.{hint}"
             )
     for option in named:
         if parameters[option].default is inspect.Parameter.empty and option not in options:

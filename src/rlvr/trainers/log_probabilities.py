@@ -11,6 +11,7 @@ from rlvr.trainers.compose import is_unsloth_class
 
 if TYPE_CHECKING:
     import torch
+
     _Base: Any  # trl.GRPOTrainer, found when an instance is made
 
     from rlvr.trainers.fused_layers import FusedForwards

@@ -84,8 +84,7 @@ class HFBackend:
         dtype = resolve_dtype(settings, config, device.type)
         if settings.full_finetuning and dtype is torch.float16:
             raise UnsupportedSettingError(
-                "full_finetuning in float16: its gradients cannot be unscaled. Use dtype='float32', or "
-                "bfloat16."
+                "full_finetuning in float16: its gradients cannot be unscaled. Use dtype='float32', or bfloat16."
             )
         attention = _attention(settings, config, device, dtype)
         model = _load_model(settings, dtype=dtype, attention=attention, device=device)
@@ -128,9 +127,7 @@ class HFBackend:
         changes = [
             ArgumentChange("bf16", dtype is torch.bfloat16, same),
             ArgumentChange("fp16", dtype is torch.float16, same),
-            ArgumentChange(
-                "gradient_checkpointing", policy.settings.gradient_checkpointing, "as model settings say"
-            ),
+            ArgumentChange("gradient_checkpointing", policy.settings.gradient_checkpointing, "as model settings say"),
         ]
         if policy.settings.gradient_checkpointing:
             changes.append(
@@ -217,9 +214,7 @@ def _attention(
         return settings.attention
     model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
     flash_fits = (
-        device.type == "cuda"
-        and dtype in _SIXTEEN_BIT
-        and getattr(model_class, "_supports_flash_attn", False)
+        device.type == "cuda" and dtype in _SIXTEEN_BIT and getattr(model_class, "_supports_flash_attn", False)
     )
     return "flash_attention_2" if flash_fits and is_flash_attn_2_available() else None
 
@@ -274,9 +269,7 @@ def _lora_config(lora: LoraSettings) -> LoraConfig:
         r=lora.r,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        target_modules=lora.target_modules
-        if isinstance(lora.target_modules, str)
-        else list(lora.target_modules),
+        target_modules=lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules),
         bias=lora.bias,
         use_rslora=lora.rslora,
         use_dora=lora.dora,

@@ -32,8 +32,7 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     whole = [name for name, module in modules.items() if isinstance(module, AuxiliaryTrainingWrapper)]
     if whole:
         raise AdapterError(
-            f"modules trained beside LoRA cannot be merged here: {', '.join(whole)}. Save the adapter "
-            "instead."
+            f"modules trained beside LoRA cannot be merged here: {', '.join(whole)}. Save the adapter instead."
         )
     layers: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, BaseTunerLayer)}
     merged = {}
@@ -46,9 +45,7 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     for name, layer in layers.items():
         alone = copy.deepcopy(layer).cpu().float()
         alone.merge(safe_merge=True)
-        merged.update(
-            {f"{name}.{key}": tensor for key, tensor in alone.get_base_layer().state_dict().items()}
-        )
+        merged.update({f"{name}.{key}": tensor for key, tensor in alone.get_base_layer().state_dict().items()})
     return merged
 
 
@@ -58,9 +55,7 @@ def _inside(name: str, layers: dict[str, Any]) -> bool:
     return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
 
 
-def with_weights(
-    model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype
-) -> PreTrainedModel:
+def with_weights(model: PreTrainedModel, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> PreTrainedModel:
     """A model of the same class and configuration that holds these weights, floating ones cast to `dtype`.
 
     It is there to be saved: buffers that a checkpoint does not hold have no data.
@@ -69,9 +64,7 @@ def with_weights(
     config.dtype = dtype
     with torch.device("meta"):
         result = type(model)(config)
-    cast = {
-        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()
-    }
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     result.load_state_dict(cast, assign=True)
     result.tie_weights()
     result.generation_config = copy.deepcopy(model.generation_config)
