@@ -19,6 +19,7 @@
     ├── FrozenTrainingError (RuntimeError)     an optimizer step changed no trained parameter
     ├── SamplerDriftError (RuntimeError)       rollout and training disagree on log-probabilities
     ├── TrainingProcessError (RuntimeError)    the child process of an isolated run crashed
+    ├── ExportError (RuntimeError)             an export that cannot be made, or is not what was trained
     └── RunFolderError (OSError)               an output folder that cannot be used
 
 A message says what happened, the value received, what is allowed, and the fix. The command line prints it without a
@@ -112,6 +113,10 @@ class SamplerDriftError(RlvrError, RuntimeError):
 
 class TrainingProcessError(RlvrError, RuntimeError):
     """The child process of `rlvr.train(..., isolate=True)` crashed or was killed."""
+
+
+class ExportError(RlvrError, RuntimeError):
+    """An export that cannot be written or loaded back, or that is not the policy that was trained."""
 
 
 class RunFolderError(RlvrError, OSError):

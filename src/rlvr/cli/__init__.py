@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("train", "evaluate", "compare", "backends", "environments")
+COMMANDS = ("train", "evaluate", "compare", "export", "lineage", "backends", "environments")
 
 EXIT_REFUSED = 2  # an RlvrError, or options that the command line cannot read
 

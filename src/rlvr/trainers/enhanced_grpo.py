@@ -154,6 +154,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             inputs = [{**example, **row} for example, row in zip(self._batch_examples, inputs, strict=True)]
         output = super()._generate_and_score_completions(inputs)
         training = self.model.training
+        recorded = bool(self._recorder.sinks) and self.accelerator.is_main_process
         self._recorder.record(
             self._scored,
             output["advantages"],
@@ -163,6 +164,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             reward_names=self.reward_func_names,
             reward_weights=self.reward_weights.tolist(),
             is_main_process=self.accelerator.is_main_process,
+            adapter=self._hashes.at(self.state.global_step) if recorded else None,
         )
         return output
 
@@ -198,11 +200,15 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
     # ------------------------------------------------------------------ tracking
 
     def _set_up_tracking(self, sinks: Sequence[TrajectorySink]) -> None:
+        from rlvr.trainers.policy_hashes import PolicyHashes
         from rlvr.trainers.recording import TrajectoryRecorder
         from rlvr.trainers.training_check import TrainingCheck
 
-        self._training_check = TrainingCheck(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        self._training_check = TrainingCheck(policy)
+        self._hashes = PolicyHashes(policy)
         self.add_callback(self._training_check.callback())
+        self.add_callback(self._hashes.callback())
         self._recorder = TrajectoryRecorder(sinks)
         if "wandb" in (self.args.report_to or ()):
             from rlvr.tracking.wandb import WandbTrajectories
@@ -218,6 +224,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         except (RewardError, FrozenTrainingError, SamplerDriftError):
             if self.optimizer is not None:
                 self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
                 logger.error(
                     "the run stops; its state is saved as checkpoint-%d in %s",
                     self.state.global_step,

@@ -14,6 +14,7 @@ from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, ModelError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import Evaluation, ScoredTrajectory, evaluate_policy
+from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 
@@ -133,7 +134,7 @@ class Evaluator:
             )
         finally:
             self.backend.for_training(self.policy)
-        self.keep(records(found.trajectories, step=step))
+        self.keep(records(found.trajectories, step=step, adapter=adapter_hash(self.policy.model)))
         self.add_row({"step": step, "evaluation": found.metrics})
         return found
 
@@ -156,7 +157,9 @@ class Evaluator:
         return Evaluations()
 
 
-def records(trajectories: Sequence[ScoredTrajectory], *, step: int) -> list[TrajectoryRecord]:
+def records(
+    trajectories: Sequence[ScoredTrajectory], *, step: int, adapter: str | None = None
+) -> list[TrajectoryRecord]:
     """Evaluated trajectories as a run keeps them; the group is the number of the example."""
     return [
         TrajectoryRecord(
@@ -169,6 +172,7 @@ def records(trajectories: Sequence[ScoredTrajectory], *, step: int) -> list[Traj
             reward=item.reward,
             advantage=None,
             stop_reason=str(item.trajectory.stop_reason),
+            adapter=adapter,
         )
         for item in trajectories
     ]

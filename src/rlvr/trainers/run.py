@@ -17,8 +17,12 @@ from rlvr.config import TrainSettings, merge, read_config, settings_from
 from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
+from rlvr.tracking.adapter_hash import adapter_hash
+from rlvr.tracking.hub import require_token
+from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluate import Evaluator, loaded_policy_problems
+from rlvr.trainers.policy_hashes import origin
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +159,8 @@ def train_with(
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
-            folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
+            facts = {**_policy_facts(policy, changes), **origin(policy, checkpoint)}
+            folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=facts)
             arguments["report_to"] = trackers
             return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks)
     finally:
@@ -205,10 +210,14 @@ def _train(
     finally:
         progress.close()
     after = evaluator.run(step=trainer.state.global_step)
+    trained = adapter_hash(policy.model)
     if trainer.is_world_process_zero():
-        backend.save(policy, folder.path / ("model" if policy.settings.full_finetuning else "adapter"))
+        saved = folder.path / ("model" if policy.settings.full_finetuning else "adapter")
+        backend.save(policy, saved)
+        write_record(saved, adapter=trained, step=trainer.state.global_step)
     summary = {
         **_training_facts(trainer, settings, environment),
+        "adapter": trained,
         "seconds": time.monotonic() - began,
         "eval_before": before.metrics if before else _earlier_evaluation(folder),
         "eval_after": after.metrics if after else {},
@@ -364,10 +373,7 @@ def _check_services(settings: TrainSettings) -> None:
             "or use --rollout-engine auto."
         )
     if settings.push_to_hub:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            raise ConfigError("push_to_hub is on, and no Hugging Face token was found. Log in with 'hf auth login'.")
+        require_token()
 
 
 def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
