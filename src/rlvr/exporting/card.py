@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.backends.protocol import ExportFormat
-from rlvr.config import LORA, MEMORY, ROLLOUTS, TRAINING, TrainSettings
+from rlvr.config import MEMORY, ROLLOUTS, TRAINING, TrainSettings
 from rlvr.exporting.parity import Parity
 from rlvr.exporting.source import Source
 from rlvr.exporting.writers import GGUF_FILE
 from rlvr.tracking.run_folder import without_secrets
 
 _PACKAGES = ("rlvr", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
-_SETTINGS = (ROLLOUTS, TRAINING, LORA, MEMORY)  # groups of `TrainSettings`; the others say where, not what
+_SETTINGS = (ROLLOUTS, TRAINING, MEMORY)  # groups of `TrainSettings`; LoRA is stated as the backend applied it
 
 _LOAD_ADAPTER = """\
 from peft import PeftModel
@@ -55,7 +55,7 @@ def model_card(source: Source, export_format: ExportFormat, parity: Parity) -> s
         f"## Environment\n\n{_yaml({'env': env, 'env_options': _portable(config['env_options'])})}",
         f"## Evaluation\n\n{_evaluation(source)}",
         f"## Comparison with the trained policy\n\n{_comparison(export_format, parity)}",
-        f"## Settings\n\n{_yaml(_settings(config))}",
+        f"## Settings\n\n{_yaml({**_settings(config), 'lora': source.run.policy()['lora']})}",
         f"## Versions\n\n{_versions(source.run.versions())}",
         f"## Lineage\n\n{_lineage(source, base)}",
     ]
@@ -106,8 +106,6 @@ def _comparison(export_format: ExportFormat, parity: Parity) -> str:
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     names = [definition.name for definition in fields(TrainSettings) if definition.metadata["group"] in _SETTINGS]
-    if not config["peft"]:
-        names = [name for name in names if not name.startswith("lora_")]
     return {name: config[name] for name in names if config.get(name) is not None}
 
 

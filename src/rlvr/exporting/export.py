@@ -83,7 +83,7 @@ def export(
 
     if format not in FORMATS:
         raise ConfigError(f"format is {format!r}; allowed: {', '.join(FORMATS)}.")
-    source = find_source(getattr(run, "folder", run), checkpoint)
+    source = find_source(run if isinstance(run, (str, Path)) else run.folder, checkpoint)
     if format == "adapter" and not source.is_adapter:
         raise ConfigError(
             f"the run in {str(source.run.path)!r} trained every weight and has no adapter; use --format merged-16bit."
@@ -152,8 +152,8 @@ def _trained(source: Source, backend: ModelBackend) -> LoadedPolicy:
     found = adapter_hash(policy.model)
     if source.adapter is not None and found != source.adapter:
         raise ExportError(
-            f"the policy loaded from {str(source.folder)!r} is not the one that was trained: its weights have the hash "
-            f"{found}, and the run recorded {source.adapter}. The backend has saved or loaded other weights."
+            f"the policy loaded from {str(source.folder)!r} is not the one that was trained: its weights have the "
+            f"hash {found}, and the run recorded {source.adapter}. The backend has saved or loaded other weights."
         )
     backend.for_inference(policy)
     return policy
@@ -162,9 +162,7 @@ def _trained(source: Source, backend: ModelBackend) -> LoadedPolicy:
 def _expected(source: Source, backend: ModelBackend, policy: LoadedPolicy) -> Expected:
     from rlvr.exporting.texts import probe_texts
 
-    texts = probe_texts(
-        policy.tokenizer, source.run.trajectories(), max_tokens=source.settings.max_seq_length
-    )
+    texts = probe_texts(policy.tokenizer, source.run.trajectories(), max_tokens=source.settings.max_seq_length)
     return Expected.of(policy.model, texts)
 
 

@@ -67,9 +67,9 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
 
 
 def _finished(folder: RunFolder) -> Path:
-    for name in ("adapter", "model"):
-        if (folder.path / name).is_dir() and (folder.path / "summary.json").is_file():
-            return folder.path / name
+    trained = folder.trained()
+    if trained is not None:
+        return trained
     steps = ", ".join(map(str, folder.saved_checkpoints())) or "none"
     raise RunFolderError(
         f"the run in {str(folder.path)!r} has not finished: it has no summary.json, or no trained adapter or model. "

@@ -44,15 +44,15 @@ def choose_writer(backend: ModelBackend, name: str, export_format: ExportFormat)
     capabilities = backend.capabilities()
     if export_format in capabilities.export_formats:
         return BackendWriter(backend, export_format)
-    refused = (
-        f"backend {name!r} cannot export {export_format!r} here; it offers: {', '.join(capabilities.export_formats)}."
-    )
+    offered = ", ".join(capabilities.export_formats)
+    reasons = [note for note in capabilities.notes if export_format in note]
+    refused = " ".join([f"backend {name!r} cannot export {export_format!r} here; it offers: {offered}.", *reasons])
     if export_format == "gguf" and "merged-16bit" in capabilities.export_formats:
         converter = find_converter()
         if converter is None:
             raise UnsupportedSettingError(
-                f"{refused} llama.cpp's converter would do it: set {CONVERTER_VARIABLE} to a checkout of llama.cpp, or "
-                f"put {CONVERTER} on the PATH."
+                f"{refused} llama.cpp's converter would do it: set {CONVERTER_VARIABLE} to a checkout of llama.cpp, "
+                f"or put {CONVERTER} on the PATH."
             )
         if find_spec("gguf") is None:
             raise UnsupportedSettingError(
@@ -60,8 +60,7 @@ def choose_writer(backend: ModelBackend, name: str, export_format: ExportFormat)
                 "afterwards does. Install it with 'pip install gguf'."
             )
         return LlamaCppWriter(backend, converter)
-    reasons = [note for note in capabilities.notes if export_format in note]
-    raise UnsupportedSettingError(" ".join([refused, *reasons]))
+    raise UnsupportedSettingError(refused)
 
 
 def find_converter() -> Path | None:
@@ -110,7 +109,11 @@ class LlamaCppWriter:
             self.backend.save(policy, Path(merged), "merged-16bit")
             command = [sys.executable, str(self.converter), merged, "--outfile", str(folder / GGUF_FILE)]
             result = subprocess.run(
-                [*command, "--outtype", "auto"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+                [*command, "--outtype", "auto"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
             )
         if result.returncode or not (folder / GGUF_FILE).is_file():
             last = "\n".join(result.stdout.strip().splitlines()[-_LAST_LINES:])

@@ -5,9 +5,10 @@
            doi:10.1145/2660193.2660195)
     hash   SHA-256 over name, dtype, shape and sums of every tensor, in the order of their names
 
-The sums are made where the tensors are, so that the weights never leave the GPU. By accident two different tensors have
-the same sums with a probability below 2⁻³². An adversary could find such a pair: files are therefore compared by the
-SHA-256 of their bytes (`lineage.py`).
+Floats of fewer than 32 bits count as the float32 numbers that they are: TRL makes adapters on quantized weights
+bfloat16, and PEFT loads them into float32. The sums are made where the tensors are, so that the weights never leave
+the GPU. By accident two different tensors have the same sums with a probability below 2⁻³². An adversary could find
+such a pair: files are therefore compared by the SHA-256 of their bytes (`lineage.py`).
 """
 
 from __future__ import annotations
@@ -46,8 +47,7 @@ def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
         sums = _on_host([row_sums(tensors[name].detach()) for name in names])
     digest = hashlib.sha256()
     for name, values in zip(names, sums, strict=True):
-        dtype, shape = str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape)
-        digest.update(f"{name} {dtype} {shape}\n".encode())
+        digest.update(f"{name} {_dtype(tensors[name])} {tuple(tensors[name].shape)}\n".encode())
         digest.update(values.numpy().astype("<i8").tobytes())
     return digest.hexdigest()
 
@@ -77,14 +77,27 @@ def row_sums(tensor: torch.Tensor) -> torch.Tensor:
     """int64, one for every `ROW` elements of the flattened tensor, the last of which may be fewer."""
     import torch
 
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.element_size()]
-    bits = tensor.reshape(-1).view(integer)
-    factors = _factors(str(tensor.device))
-    whole = bits.numel() // ROW * ROW
-    rows = bits[:whole].view(-1, ROW)
-    sums = [(part * factors).sum(dim=1) for part in rows.split(_ROWS_AT_ONCE.get(tensor.device.type, 64))]
-    rest = bits[whole:]
+    elements, factors = tensor.reshape(-1), _factors(str(tensor.device))
+    if elements.element_size() == 8:
+        elements = elements.view(torch.int32)
+    whole = elements.numel() // ROW * ROW
+    rows, rest = elements[:whole].view(-1, ROW), _bits(elements[whole:])
+    parts = rows.split(_ROWS_AT_ONCE.get(tensor.device.type, 64))
+    sums = [(_bits(part) * factors).sum(dim=1) for part in parts]
     return torch.cat([*sums, (rest * factors[: rest.numel()]).sum().view(1)])
+
+
+def _bits(elements: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if elements.is_floating_point():
+        return elements.float().view(torch.int32)
+    return elements.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[elements.element_size()])
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    narrow = tensor.is_floating_point() and tensor.element_size() < 4
+    return "float32" if narrow else str(tensor.dtype).removeprefix("torch.")
 
 
 @functools.cache

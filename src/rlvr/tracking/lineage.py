@@ -73,10 +73,11 @@ def lineage(run: str | Path) -> Lineage:
         RunFolderError: there is no run in the folder.
     """
     folder = RunFolder(Path(run))
-    start = folder.policy(1)
+    parts = folder.parts()
+    origin = folder.origin(1)
     sampled = _Sampled(folder.trajectories())
-    links = [_base(start.get("base")), _start(start.get("adapter"), sampled)]
-    links += sorted([*_checkpoints(folder, sampled), *_resumed(folder)], key=lambda link: link.step or 0)
+    links = [_base(origin.get("base")), _start(origin.get("adapter"), sampled)]
+    links += sorted([*_checkpoints(folder, sampled), *_resumed(folder, parts)], key=lambda link: link.step or 0)
     links += [*_trained(folder, sampled), *_exports(folder)]
     return Lineage(folder.path, tuple(links), sampled.unattributed)
 
@@ -114,7 +115,9 @@ def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """Name within `folder` → SHA-256 of the files that make a policy: weights, configuration, tokenizer."""
     files = sorted(path for path in paths if path.suffix in _SUFFIXES and path.name not in _OTHERS and path.is_file())
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter's lock
-        return dict(zip((path.relative_to(folder).as_posix() for path in files), pool.map(_sha256, files), strict=True))
+        return dict(
+            zip((path.relative_to(folder).as_posix() for path in files), pool.map(_sha256, files), strict=True)
+        )
 
 
 def _folder(model: str) -> Path:
@@ -162,9 +165,9 @@ def _checkpoints(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
         yield _saved("checkpoint", path.name, path, step, sampled)
 
 
-def _resumed(folder: RunFolder) -> Iterator[Link]:
-    for part in range(2, folder.parts() + 1):
-        source = folder.policy(part).get("resumed_from") or {}
+def _resumed(folder: RunFolder, parts: int) -> Iterator[Link]:
+    for part in range(2, parts + 1):
+        source = folder.origin(part).get("resumed_from") or {}
         record = read_record(folder.checkpoints / source.get("checkpoint", "")) or {}
         adapter = source.get("adapter")
         replaced = bool(adapter and record.get("adapter")) and record["adapter"] != adapter
@@ -179,12 +182,10 @@ def _resumed(folder: RunFolder) -> Iterator[Link]:
 
 
 def _trained(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
-    if not (folder.path / "summary.json").is_file():  # unfinished: nothing is said to be trained yet
-        return
-    summary = folder.summary()
-    name = "adapter" if folder.policy()["lora"] is not None else "model"
-    path = folder.path / (name if (folder.path / name).is_dir() else "adapter")
-    yield _saved("trained", path.name, path, summary["steps"], sampled, expected=summary.get("adapter"))
+    path = folder.trained()
+    if path is not None:
+        summary = folder.summary()
+        yield _saved("trained", path.name, path, summary["steps"], sampled, expected=summary.get("adapter"))
 
 
 def _exports(folder: RunFolder) -> Iterator[Link]:

@@ -3,6 +3,7 @@
     config.yaml          the resolved settings: `rlvr train --config` repeats the run
     versions.json        Python, packages, device and seeds
     policy.json          what the backend applied and changed
+    origin.json          what identifies the base model; the hash of the weights that training started from
     metrics.jsonl        a row for each logged step
     trajectories.jsonl   a row for each trajectory, evaluation included
     checkpoints/         checkpoint-<step>
@@ -10,7 +11,8 @@
     summary.json         evaluation before and after, steps, time, tokens
     exports/             what `rlvr export` wrote; exports.jsonl has a row for each
 
-What is saved holds a `lineage.json`: the hash of its weights, and those of its files (`lineage.py`). Nothing is written over: rows are appended, and a folder that holds another run is refused.
+What is saved holds a `lineage.json`: the hash of its weights, and those of its files (`lineage.py`). Nothing is
+written over: rows are appended, and a folder that holds another run is refused.
 """
 
 from __future__ import annotations
@@ -89,6 +91,11 @@ class RunFolder:
         self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
         self._write_new(f"policy{suffix}.json", _json(policy, indent=2))
 
+    def add_origin(self, origin: Mapping[str, Any]) -> None:
+        """Where the weights of the part that has begun come from (`lineage.py`)."""
+        if _is_main_process():
+            self._write_new(self._part("origin", ".json").name, _json(origin, indent=2) + "\n")
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -127,16 +134,26 @@ class RunFolder:
 
         return yaml.safe_load(self._part("config", ".yaml").read_text(encoding="utf-8"))
 
-    def policy(self, part: int | None = None) -> dict[str, Any]:
-        """What the backend applied and changed, in a part of the run that is counted from 1; by default its latest."""
-        return json.loads(self._part("policy", ".json", part).read_text(encoding="utf-8"))
+    def policy(self) -> dict[str, Any]:
+        """What the backend applied and changed, in the latest part."""
+        return json.loads(self._part("policy", ".json").read_text(encoding="utf-8"))
 
     def versions(self) -> dict[str, Any]:
         """Of the latest part."""
         return json.loads(self._part("versions", ".json").read_text(encoding="utf-8"))
 
+    def origin(self, part: int) -> dict[str, Any]:
+        """Of a part counted from 1; empty where it did not come so far."""
+        path = self._part("origin", ".json", part)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def trained(self) -> Path | None:
+        """The folder of the trained policy: its adapter, or all its weights. None where the run has not finished."""
+        folders = [self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()]
+        return folders[0] if folders and (self.path / "summary.json").is_file() else None
 
     def saved_checkpoints(self) -> dict[int, Path]:
         """Step → folder, in the order of steps. Those cut off while they were written are left out."""

@@ -159,8 +159,7 @@ def train_with(
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
-            facts = {**_policy_facts(policy, changes), **origin(policy, checkpoint)}
-            folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=facts)
+            folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
             return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks)
     finally:
@@ -203,6 +202,7 @@ def _train(
     if settings.eval_every:
         trainer.add_callback(evaluator.callback(every=settings.eval_every, trainer=trainer))
 
+    folder.add_origin(origin(policy, folder.resume_from))  # once the trainer is made: TRL may round adapters
     began = time.monotonic()
     before = evaluator.run(step=0) if settings.resume_from_checkpoint is None else None
     try:
