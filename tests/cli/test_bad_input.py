@@ -61,6 +61,26 @@ def finished_run(model):
     file("outputs/done/checkpoints/checkpoint-5/trainer_state.json", "{}")(model)
 
 
+def trained_run(**policy):
+    """A run as far as an export looks at it before it loads anything."""
+
+    def make(model):
+        settings = {"model": str(model), **policy}
+        kind = "model/config.json" if policy.get("full_finetuning") else "adapter/adapter_config.json"
+        file("run/config.yaml", "env: arithmetic\nbackend: hf\n")(model)
+        file("run/policy.json", json.dumps({"model": settings, "lora": None}))(model)
+        file("run/summary.json", '{"steps": 5}')(model)
+        file(f"run/{kind}", "{}")(model)
+        file("run/checkpoints/checkpoint-5/trainer_state.json", "{}")(model)
+
+    return make
+
+
+def changed_run(model):
+    trained_run()(model)
+    file("run/adapter/lineage.json", '{"adapter": "0", "files": {"adapter_config.json": "1"}}')(model)
+
+
 def other_files(model):
     file("mine/notes.txt", "precious")(model)
 
@@ -240,12 +260,63 @@ CASES = [
         PLAIN,
         ["there is no folder 'nowhere' for --output"],
     ),
+    # export and lineage
+    ("export-no-run", "export nowhere", PLAIN, ["no run in 'nowhere'", "config.yaml"]),
+    (
+        "export-unfinished",
+        "export run",
+        file("run/config.yaml", "env: arithmetic\n"),
+        ["the run in 'run' has not finished", "--checkpoint", "it has: none"],
+    ),
+    (
+        "export-format",
+        "export run --format onnx",
+        trained_run(),
+        ["format is 'onnx'", "adapter, merged-16bit, merged-4bit, gguf"],
+    ),
+    (
+        "export-over-something",
+        "export run --output run/adapter",
+        trained_run(),
+        ["'run/adapter' exists, and nothing is written over", "--output"],
+    ),
+    ("export-into-a-file", "export run --output run/config.yaml/x", trained_run(), ["cannot be made", "--output"]),
+    ("export-checkpoint", "export run --checkpoint 7", trained_run(), ["no checkpoint 7", "it has: 5"]),
+    ("export-checkpoint-word", "export run --checkpoint newest", trained_run(), ["checkpoint is 'newest'", "'last'"]),
+    (
+        "export-adapter-of-all-weights",
+        "export run",
+        trained_run(full_finetuning=True),
+        ["trained every weight and has no adapter", "merged-16bit"],
+    ),
+    ("export-changed", "export run", changed_run, ["no longer those that the run saved: adapter_config.json"]),
+    (
+        "export-4bit",
+        "export run --format merged-4bit",
+        trained_run(),
+        ["backend 'hf' cannot export 'merged-4bit' here", "adapter, merged-16bit", "as it is loaded"],
+    ),
+    (
+        "export-gguf-without-converter",
+        "export run --format gguf",
+        trained_run(),
+        ["backend 'hf' cannot export 'gguf' here", "RLVR_LLAMA_CPP", "convert_hf_to_gguf.py"],
+    ),
+    ("export-push-without-token", "export run --push-to-hub me/it", trained_run(), ["no Hugging Face token"]),
+    (
+        "export-push-nowhere",
+        "export run --push-to-hub a/b/c",
+        trained_run(),
+        ["push_to_hub is 'a/b/c'", "me/my-model"],
+    ),
+    ("lineage-no-run", "lineage nowhere", PLAIN, ["no run in 'nowhere'", "config.yaml"]),
 ]
 
 
 @pytest.mark.parametrize(("line", "prepare", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_one_message_and_nothing_written(command, model_folder, monkeypatch, tmp_path, line, prepare, says):
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("RLVR_LLAMA_CPP", raising=False)
     if prepare is not None:
         prepare(model_folder)
     before = snapshot(tmp_path)

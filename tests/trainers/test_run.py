@@ -75,7 +75,7 @@ def test_an_environment_and_a_policy_made_in_python(environment, policy, tmp_pat
     trained = [row for row in run.trajectories() if row["phase"] == "train"]
     assert len(trained) == 3 * 4
     assert set(trained[0]) == {
-        *("step", "phase", "group", "prompt", "completion", "rewards", "reward", "advantage", "stop_reason")
+        *("step", "phase", "group", "prompt", "completion", "rewards", "reward", "advantage", "stop_reason", "adapter")
     }
     assert trained[0]["prompt"][0]["role"] == "user"
     assert trained[0]["rewards"].keys() == {"first_byte_is_even", "letters"}

@@ -44,16 +44,17 @@ def print_lineage(found: Lineage) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    table.add_column("", overflow="fold", min_width=20)
+    table.add_column("", overflow="fold", min_width=16)
     table.add_column("step", justify="right")
     table.add_column("weights", no_wrap=True)
-    for heading in ("sampled", "reward", "evaluated", "reward"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("files", overflow="fold")
+    table.add_column("rollouts", justify="right", no_wrap=True)
+    table.add_column("evaluated", justify="right", no_wrap=True)
+    table.add_column("files", overflow="fold", min_width=8)
     for link in found.links:
         table.add_row(*_cells(link))
     console = Console(markup=False)
     console.print(table)
+    console.print("rollouts, evaluated: trajectories that these weights sampled · their mean reward", soft_wrap=True)
     if found.unattributed:
         console.print(f"{found.unattributed} trajectories carry no hash of the weights that sampled them.")
 
@@ -65,11 +66,11 @@ def _cells(link: Link) -> list[str]:
         name,
         "" if link.step is None else str(link.step),
         (link.adapter or "")[:_DIGITS],
-        *_sampled(link.trajectories, link.mean_reward),
-        *_sampled(link.evaluations, link.mean_evaluation_reward),
+        _sampled(link.trajectories, link.mean_reward),
+        _sampled(link.evaluations, link.mean_evaluation_reward),
         state,
     ]
 
 
-def _sampled(count: int, mean: float | None) -> tuple[str, str]:
-    return (str(count) if count else ""), ("" if mean is None else f"{mean:.3f}")
+def _sampled(count: int, mean: float | None) -> str:
+    return (str(count) if count else "") + ("" if mean is None else f" · {mean:.3f}")

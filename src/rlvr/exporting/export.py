@@ -134,11 +134,11 @@ def _written_and_compared(
     _free_memory()
     problems = parity.problems
     if exported_tokenizer is not None and not _same_tokens(tokenizer, exported_tokenizer):
-        problems.append("its tokenizer reads the same texts as other tokens.")
+        problems.append("its tokenizer reads the same texts as other tokens")
     if problems:
         raise ExportError(
             f"the {export_format} export of {str(source.folder)!r} is not the policy that was trained, and is not "
-            f"kept: {' '.join(problems)}"
+            f"kept: {'; '.join(problems)}."
         )
     if parity.doubt is not None:
         logger.warning("%s.", parity.doubt)

@@ -104,23 +104,21 @@ class Parity:
 
     @property
     def problems(self) -> list[str]:
-        """Why the export is not the policy that was trained; empty if it is."""
+        """Why the export is not the policy that was trained, a clause each; empty if it is."""
         found = []
         if not self.error <= self.allowed:  # NaN is no parity either
             found.append(
-                f"log-probabilities differ from the trained policy's by {self.error:.2g} nats on average; allowed: "
-                f"{self.allowed:g}."
+                f"log-probabilities differ from the trained policy's by {self.error:.2g} nats on average (allowed: "
+                f"{self.allowed:g})"
             )
         if self._is_lost():
-            of_base = " It is the base model: what was trained is lost." if self.from_base < self.error else ""
-            found.append(
-                f"it shows {self.kept:.0%} of what was trained; allowed: {self.kept_allowed[0]:.0%} to "
-                f"{self.kept_allowed[1]:.0%}.{of_base}"
-            )
+            low, high = self.kept_allowed
+            of_base = ": it is the base model" if self.from_base < self.error else ""
+            found.append(f"it shows {self.kept:.0%} of what was trained (allowed: {low:.0%} to {high:.0%}){of_base}")
         if not self.greedy_gap <= self.greedy_gap_allowed:
             found.append(
-                f"greedy decoding chooses other tokens: the trained policy's are {self.greedy_gap:.2g} nats from the "
-                f"likeliest; allowed: {self.greedy_gap_allowed:g}."
+                f"it decodes other tokens greedily: the trained policy's are {self.greedy_gap:.2g} nats from the "
+                f"likeliest (allowed: {self.greedy_gap_allowed:g})"
             )
         return found
 

@@ -45,8 +45,9 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
         ConfigError: `checkpoint` is neither a step nor "last".
     """
     folder = RunFolder(Path(run))
-    settings = ModelSettings(**folder.policy()["model"])
+    folder.parts()
     saved = _finished(folder) if checkpoint is None else _checkpoint(folder, checkpoint)
+    settings = ModelSettings(**folder.policy()["model"])
     record = read_record(saved) or {}
     changed = changed_files(saved, record.get("files", {}))
     if changed:

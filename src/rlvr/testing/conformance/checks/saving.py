@@ -42,7 +42,7 @@ def export(context: Context, export_format: Any) -> str:
     )
     loaded = context.backend.load_saved(folder, policy.settings)
     parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
-    expect(not parity.problems, f"loaded back, it is another policy: {' '.join(parity.problems)}")
+    expect(not parity.problems, f"loaded back, it is another policy: {'; '.join(parity.problems)}")
     return (
         f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
         + _trainability(context, policy, folder, export_format)
