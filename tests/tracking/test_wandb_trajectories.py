@@ -62,7 +62,7 @@ def test_a_training_run_grows_the_table_and_overwrites_nothing(tmp_path, tokeniz
     rows = [dict(zip(columns, row, strict=True)) for table in increments for row in table["data"]]
     assert [row["step"] for row in rows] == [0, 0, 1, 1, 2, 2]
     assert [row["adapter"] for row in rows] == [record.adapter for record in records]
-    assert len({row["adapter"] for row in rows}) == 3  # each step was sampled by other weights
+    assert all(len(row["adapter"]) == 64 for row in rows)
     assert len(records) == len(rows)
     for row, record in zip(rows, records, strict=True):
         assert row["prompt"] == f"[user] {record.prompt[0]['content']}"

@@ -135,7 +135,7 @@ class LlamaCppWriter:
                 quantization_config=GgufConfig(dequantize=True),
                 dtype=torch.float32 if settings.dtype == "float32" else torch.bfloat16,
             )
-        except (ValueError, NotImplementedError, KeyError) as error:
+        except Exception as error:  # an unknown architecture, a damaged file: readers raise what they meet
             raise ExportError(
                 f"transformers cannot load the GGUF file back, so that it cannot be compared: {error}. Export "
                 "'merged-16bit', and convert that by hand."
