@@ -68,7 +68,8 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_option_exists(page, capsys):
     known = set()
-    for command in (["train"], ["evaluate"], ["train", "dataset"], ["train", "arithmetic"], ["backends"]):
+    commands = ("train", "evaluate", "train dataset", "train arithmetic", "backends", "export", "lineage")
+    for command in map(str.split, commands):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
