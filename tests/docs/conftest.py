@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from rlvr import quickstart
+from rlvr.cli import train as train_command
 from rlvr.trainers import run as run_module
 
 
@@ -38,4 +39,5 @@ def short_runs(monkeypatch):
         few = min(settings.max_tokens, 8)
         return replace(settings, max_steps=1, max_tokens=few, eval_samples=2, dtype="float32", report_to="none")
 
-    monkeypatch.setattr(run_module, "resolve_settings", shortened)
+    for module in (run_module, train_command):
+        monkeypatch.setattr(module, "resolve_settings", shortened)

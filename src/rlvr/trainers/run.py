@@ -83,6 +83,11 @@ def train(
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
     resolved = resolve_settings(*layers)
+    if isinstance(env, Environment) and resolved.env_options:
+        raise ConfigError(
+            f"options were given for an environment that exists already: {', '.join(resolved.env_options)}. "
+            "Make it with them: rlvr.load_environment(name, **options)."
+        )
     if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, settings)):
         raise ConfigError(problems)
     if isolate:
@@ -150,7 +155,7 @@ def train_with(
     try:
         # The backend comes first: it may have to be imported before what an environment imports.
         backend = load_backend(backend if backend is not None else settings.backend)
-        environment = load_environment(environment or settings.env, **settings.env_options)
+        environment = environment or load_environment(settings.env, **settings.env_options)
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
