@@ -83,11 +83,6 @@ def train(
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
     resolved = resolve_settings(*layers)
-    if isinstance(env, Environment) and resolved.env_options:
-        raise ConfigError(
-            f"options were given for an environment that exists already: {', '.join(resolved.env_options)}. "
-            "Make it with them: rlvr.load_environment(name, **options)."
-        )
     if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, settings)):
         raise ConfigError(problems)
     if isolate:
@@ -97,6 +92,11 @@ def train(
         named_kinds = (str, Path, type(None))
         return train_isolated(
             resolved, **{name: value for name, value in objects.items() if not isinstance(value, named_kinds)}
+        )
+    if isinstance(env, Environment) and resolved.env_options:
+        raise ConfigError(
+            f"options were given for an environment that exists already: {', '.join(resolved.env_options)}. "
+            "Make it with them: rlvr.load_environment(name, **options)."
         )
     return train_with(
         resolved,
