@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
 import pytest
 
 from rlvr import quickstart
+from rlvr.cli import train as train_command
 from rlvr.trainers import run as run_module
 
 
@@ -21,10 +23,12 @@ def quickstart_model(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, quickstart_model):
-    """The working directory, where the quickstart's model is found by the names that the pages use."""
+    """The working directory: the quickstart's model by the names that the pages use, and the user's own questions."""
     monkeypatch.chdir(tmp_path)
-    for name in ("quickstart-model", "outputs/quickstart-model-0"):
+    for name in ("quickstart-model", "outputs/quickstart/warm-start-0"):
         shutil.copytree(quickstart_model, tmp_path / name)
+    rows = ({"question": f"Say {number}.", "answer": str(number)} for number in range(16))
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
 
 
@@ -38,4 +42,5 @@ def short_runs(monkeypatch):
         few = min(settings.max_tokens, 8)
         return replace(settings, max_steps=1, max_tokens=few, eval_samples=2, dtype="float32", report_to="none")
 
-    monkeypatch.setattr(run_module, "resolve_settings", shortened)
+    for module in (run_module, train_command):
+        monkeypatch.setattr(module, "resolve_settings", shortened)
