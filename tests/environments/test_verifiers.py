@@ -14,7 +14,7 @@ from scripted import ScriptedEngine
 from verifiers.clients import Client
 from verifiers.types import Response, ResponseMessage, ToolCall
 
-from rlvr.environments.verifiers import from_verifiers
+from rlvr.environments.verifiers.adapter import from_verifiers
 from rlvr.environments.verifiers.plugin import rlvr_environment, rlvr_environment_availability
 from rlvr.errors import ConfigError, DataError, EnvironmentDefinitionError
 from rlvr.rollout.chat import ChatRenderer
