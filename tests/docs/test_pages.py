@@ -9,11 +9,11 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from doc_blocks import EXTRAS, PAGES, ROOT, blocks, run_block
+from doc_blocks import EXTRAS, OWN_TESTS, PAGES, ROOT, blocks, run_block
 
 from rlvr.cli import main
 
-ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), ROOT / "docs" / "write-a-backend.md"]
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), *(ROOT / "docs" / name for name in sorted(OWN_TESTS))]
 NUMBER = re.compile(r"\d+(\.\d+)?")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 

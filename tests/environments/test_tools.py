@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from rlvr.environments.tools import Toolbox, ToolResult, Workers, schema_problems, tool_schema
+from rlvr.environments.tools import Toolbox, ToolResult, Workers, check_tools, schema_problems, tool_schema
 from rlvr.errors import EnvironmentDefinitionError, InfrastructureError
 from rlvr.types import ToolCall
 
@@ -107,6 +107,16 @@ def test_tools_that_are_not_well_formed(tool):
 def test_two_tools_of_one_name():
     with pytest.raises(EnvironmentDefinitionError, match="two tools have one name: search, search"):
         Toolbox([search, search])
+    schema = {"function": {"name": "search", "parameters": {}}}
+    with pytest.raises(EnvironmentDefinitionError, match="two tools have one name: search, search"):
+        check_tools([search, schema])
+    check_tools([search, Desk().ask])
+
+
+@pytest.mark.parametrize("tool", [3, "search", {}, {"name": "search"}, {"function": {"parameters": {}}}])
+def test_what_is_no_tool(tool):
+    with pytest.raises(EnvironmentDefinitionError, match="is no tool; a tool is a function, or a JSON schema"):
+        check_tools([tool])
 
 
 @pytest.mark.parametrize(

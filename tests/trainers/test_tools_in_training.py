@@ -202,3 +202,15 @@ def test_parsers_are_checked_when_the_trainer_is_made(tmp_path, tokenizer):
     rows = Dataset.from_list([{"prompt": "q"}])
     with pytest.raises(ConfigError, match="tool_call_parser is 'hermes', and there is no env"):
         make(train_dataset=rows, reward_funcs=lambda completions, **_: [0.0], tool_call_parser="hermes")
+
+
+def test_a_tool_without_a_schema_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def halve(number):
+        """Halves."""
+
+    env = Environment(name="halving", train_dataset=[{"question": "q"}], rubric=Rubric(answered), tools=[halve])
+    for start in (rlvr.train, rlvr.evaluate):
+        with pytest.raises(EnvironmentDefinitionError, match="tool 'halve' has no usable schema"):
+            start(env, "no-such-model", "hf")

@@ -63,14 +63,22 @@ def print_options(name: str, rows: list[dict[str, Any]]) -> None:
     for column in ("option", "type", "default"):
         table.add_column(column, overflow="fold")
     for row in rows:
-        default = "required" if row["required"] else "" if row["default"] is None else str(row["default"])
+        default = "required" if row["required"] else _as_written(row["default"])
         table.add_row(row["option"], row["type"], default)
     console = Console(markup=False)
     console.print(f"Options of environment {name}:")
     console.print(table)
 
 
+def _as_written(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
 def _type_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        return f"{_type_words(get_args(kind)[0])},…"
     return getattr(kind, "__name__", str(kind))

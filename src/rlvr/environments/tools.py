@@ -69,6 +69,37 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
     return schema
 
 
+def schema_of(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function, or the one that was given in its place.
+
+    Raises:
+        EnvironmentDefinitionError: a function without a usable schema, or something that is neither.
+    """
+    if callable(tool):
+        return tool_schema(tool)
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise EnvironmentDefinitionError(
+            f"{tool!r} is no tool; a tool is a function, or a JSON schema "
+            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}.'
+        )
+    return dict(tool)
+
+
+def check_tools(tools: Sequence[Callable[..., Any] | Mapping[str, Any]]) -> None:
+    """Finds what is wrong with an environment's tools before a model is loaded.
+
+    Raises:
+        EnvironmentDefinitionError: a tool without a usable schema, or two of one name.
+    """
+    _check_names([schema_of(tool)["function"]["name"] for tool in tools])
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise EnvironmentDefinitionError(f"two tools have one name: {', '.join(sorted(names))}.")
+
+
 def _visible(signature: inspect.Signature) -> list[inspect.Parameter]:
     return [parameter for name, parameter in signature.parameters.items() if name != STATE]
 
@@ -139,8 +170,7 @@ class Toolbox:
         self.timeout_s = timeout_s
         self.schemas = [tool_schema(tool) for tool in tools]
         names = [schema["function"]["name"] for schema in self.schemas]
-        if len(set(names)) < len(names):
-            raise EnvironmentDefinitionError(f"two tools have one name: {', '.join(sorted(names))}.")
+        _check_names(names)
         self._tools = dict(zip(names, tools, strict=True))
         self._parameters = {s["function"]["name"]: s["function"]["parameters"] for s in self.schemas}
 

@@ -11,6 +11,7 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import EVALUATION_SETTINGS, LOADING, TrainSettings, closest, settings_from
 from rlvr.environments.base import Environment
+from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, ModelError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import Evaluation, ScoredTrajectory, evaluate_policy
@@ -58,6 +59,7 @@ def evaluate(
     folder = _adapter_folder(adapter) if adapter is not None else None
     backend = load_backend(backend if backend is not None else chosen.backend)
     environment = load_environment(env, **(env_options or {}))
+    check_tools(environment.tools)
     parser = asked_parser(chosen.tool_call_parser, has_tools=bool(environment.tools))
     policy = model if isinstance(model, LoadedPolicy) else _load(chosen, backend, folder)
     backend.for_inference(policy)

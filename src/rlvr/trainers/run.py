@@ -15,6 +15,7 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import TrainSettings, merge, read_config, settings_from
 from rlvr.environments.base import Environment
+from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
@@ -157,6 +158,7 @@ def train_with(
         # The backend comes first: it may have to be imported before what an environment imports.
         backend = load_backend(backend if backend is not None else settings.backend)
         environment = environment or load_environment(settings.env, **settings.env_options)
+        check_tools(environment.tools)
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
