@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -393,7 +394,9 @@ def _backend_name(backend: ModelBackend) -> str:
 
 def _new_run_name(settings: TrainSettings, backend: str) -> str:
     parts = [settings.env, Path(settings.model or "").name, backend, time.strftime("%Y%m%d-%H%M%S")]
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))  # several in one second
+    return next(candidate for candidate in names if not (Path("outputs") / candidate).exists())
 
 
 def _default_output_dir(run_name: str | None) -> str | None:
