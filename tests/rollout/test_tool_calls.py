@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlvr.config import TOOL_CALL_PARSERS
 from rlvr.errors import ConfigError, EnvironmentDefinitionError
@@ -60,6 +63,8 @@ SUB = ToolCall("sub", {})
             "",
             [ToolCall("sub", {}, call_id="abcdefghi")],
         ),
+        ("mistral", "[TOOL_CALLS]sub[CALL_ID]abc[ARGS]{}", "", [SUB]),
+        ("mistral", '[TOOL_CALLS] [{"name": "sub", "arguments": {}, "id": "call_1"}]', "", [SUB]),
     ],
 )
 def test_calls_that_can_be_read(parser, text, content, calls):
@@ -76,6 +81,12 @@ def test_calls_that_can_be_read(parser, text, content, calls):
         ("hermes", '<tool_call>{"name": "add", "arguments": [1]}</tool_call>', 1),
         ("hermes", '<tool_call>{"name": "add"} {"name": "add"}</tool_call>', 1),
         ("hermes", "<tool_call><tool_call>" + "[" * 100_000, 2),
+        ("hermes", f'<tool_call>{{"name": "add", "arguments": "{"[" * 100_000}"}}</tool_call>', 1),
+        ("hermes", f'<tool_call>{{"name": "add", "arguments": {{"a": {"1" * 5000}}}}}</tool_call>', 1),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": NaN}}</tool_call>', 1),
+        ("hermes", '<tool_call>{"name": "add", "arguments": "{\\"a\\": 1e999}"}</tool_call>', 1),
+        ("hermes", '<tool_call>{"name": "add", "arguments": {"a": "\\ud800"}}</tool_call>', 1),
+        ("llama3_json", '{"name": "\\udc00", "parameters": {}}', 1),
         ("llama3_json", '{"name": "add", "parameters": {', 1),
         ("llama3_json", "<|python_tag|>print(1)", 1),
         ("mistral", "[TOOL_CALLS]", 1),
@@ -88,6 +99,26 @@ def test_malformed_calls_are_errors_for_the_model_and_stay_in_the_text(parser, t
     assert content == text.strip()
     assert len(calls) == count
     assert all(call.error and not call.arguments for call in calls)
+
+
+PIECES = [
+    *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "add", ";", ","),
+    *("{", "}", "[", "]", ":", '"', "\\", "\n", "-", "1e999", "\\ud800", "9" * 5000, "[" * 2000),
+    *('"name"', '"arguments"', '"parameters"', '"id"', '{"name": "add", "arguments": {"a": 1}}'),
+]
+pieces = st.sampled_from(PIECES)
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@settings(max_examples=200, deadline=None, database=None)
+@given(text=st.lists(st.one_of(pieces, st.text(max_size=3)), max_size=12).map("".join))
+def test_no_text_is_too_odd_for_a_parser(parser, text):
+    content, calls = read_turn(PARSERS[parser], text)
+    assert isinstance(content, str)
+    for call in calls:
+        assert call.error or call.name
+        assert not (call.error and call.arguments)
+        json.dumps(call.as_message_part(), allow_nan=False, ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class MistralParser:
                 call = _read_json(
                     f'{{"name": {json.dumps(named[1])}, "arguments": {named[3]}}}', arguments="arguments"
                 )
-                calls.append(ToolCall(call.name or named[1], call.arguments, call.error, named[2]))
+                calls.append(ToolCall(call.name or named[1], call.arguments, call.error, _call_id(named[2])))
                 continue
             values = _json_values(body.strip(), between=",")
             listed = values[0] if len(values) == 1 and isinstance(values[0], list) else values
@@ -210,19 +210,30 @@ def _read_json(text: str, *, arguments: str) -> ToolCall:
 
 def _json_values(text: str, *, between: str) -> list[Any]:
     """The JSON values of a text in order; the first that cannot be read is its error, and the last."""
-    decoder = json.JSONDecoder()
     values: list[Any] = []
     rest = text
     while rest or not values:
         try:
-            value, end = decoder.raw_decode(rest)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value, end = _decode(rest)
+        except (ValueError, RecursionError) as error:
             return [*values, error]
         values.append(value)
         rest = rest[end:].strip()
         if rest and between and rest.startswith(between):
             rest = rest[len(between) :].strip()
     return values
+
+
+def _decode(text: str) -> tuple[Any, int]:
+    """The JSON value that a text begins with, and where it ends.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or holds what Python reads and nothing else takes: NaN, infinity,
+            half of a surrogate pair.
+    """
+    value, end = json.JSONDecoder().raw_decode(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value, end
 
 
 def _call_from(value: Any, *, arguments: str) -> ToolCall:
@@ -232,9 +243,14 @@ def _call_from(value: Any, *, arguments: str) -> ToolCall:
         return ToolCall("", error=f'a tool call is a JSON object with "name" and "{arguments}"')
     given = value.get(arguments, value.get("arguments", value.get("parameters", {})))
     if isinstance(given, str):  # some models write the arguments as JSON inside a string
-        with contextlib.suppress(json.JSONDecodeError):
-            given = json.loads(given)
-    call_id = value.get("id")
+        with contextlib.suppress(ValueError, RecursionError):
+            decoded, end = _decode(given.strip())
+            given = decoded if end == len(given.strip()) else given
     if not isinstance(given, dict):
         return ToolCall(value["name"], error=f'"{arguments}" must be a JSON object, got {json.dumps(given)[:100]}')
-    return ToolCall(value["name"], given, call_id=call_id if isinstance(call_id, str) else None)
+    return ToolCall(value["name"], given, call_id=_call_id(value.get("id")))
+
+
+def _call_id(value: Any) -> str | None:
+    """An id as Mistral's templates take it: nine letters or digits. They refuse a conversation with any other."""
+    return value if isinstance(value, str) and re.fullmatch("[A-Za-z0-9]{9}", value) else None

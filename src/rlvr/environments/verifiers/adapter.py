@@ -67,7 +67,7 @@ def from_verifiers(environment: vf.Environment, *, name: str = "") -> Environmen
         EnvironmentDefinitionError: it is of a kind that cannot be used.
         DataError: it has no train dataset.
     """
-    name = name or environment.env_id or type(environment).__name__
+    name = name or getattr(environment, "env_id", None) or type(environment).__name__
     problem = _problem(environment)
     if problem:
         raise EnvironmentDefinitionError(f"the verifiers environment {name!r} cannot be used: {problem}")
