@@ -127,12 +127,14 @@ def trained(trainer_class, folder, tokenizer, **arguments):
 @pytest.mark.parametrize("way", WAYS)
 def test_it_trains_exactly_as_with_trl(tmp_path, qwen3, monkeypatch, way, engine):
     names = ["double", "halve"] if way == "tools" else ["double"]
-    records = []
+    records, used = [], []
 
     def sample(self, prompt_ids, *_, **__):
+        used.append("generate")
         return scripted(qwen3, prompt_ids, names), None
 
     def sample_all(engine, prompt_ids, **_):
+        used.append("grouped")
         return [SampledTurn(i, ids, True) for i, ids in enumerate(scripted(qwen3, prompt_ids, names))]
 
     monkeypatch.setattr(trl.GRPOTrainer, "_generate_single_turn", sample)
@@ -141,6 +143,7 @@ def test_it_trains_exactly_as_with_trl(tmp_path, qwen3, monkeypatch, way, engine
         EnhancedGRPOTrainer, tmp_path / "ours", qwen3, **WAYS[way],
         rollout_engine=engine, shared_prefix="off", trajectory_sinks=[records.extend],
     )  # fmt: skip
+    assert used == [engine, engine]  # the first turn, and the one after the tools
     theirs = trained(trl.GRPOTrainer, tmp_path / "theirs", qwen3, **WAYS[way])
 
     assert all(torch.equal(a, b) for a, b in zip(ours.model.parameters(), theirs.model.parameters(), strict=True))
