@@ -12,6 +12,7 @@ from typer.main import get_command
 
 import rlvr
 from rlvr.cli import build_app
+from rlvr.cli.environments import described_arguments
 from rlvr.cli.options import environment_flag
 from rlvr.plugins.manager import environment_options
 from rlvr.tracking.run_folder import RunFolder
@@ -70,8 +71,36 @@ def test_listings(command):
     assert {"name", "distribution", "version", "available", "reason"} == set(backends[0])
     assert "hf" in [row["name"] for row in backends]
     assert "arithmetic" in command("environments").out
-    options = json.loads(command("environments", "arithmetic", "--json").out)
-    assert {"option": "--levels", "type": "str", "default": "1,2,3", "required": False} in options
+    options = json.loads(command("environments", "countdown", "--json").out)
+    assert options[0] == {
+        "option": "--numbers",
+        "type": "int",
+        "default": 3,
+        "required": False,
+        "meaning": "how many numbers a puzzle has, 2 to 6.",
+    }
+    assert "how many numbers a puzzle has" in command("train", "countdown", "--help").out
+
+
+def test_every_option_of_an_environment_is_described(command):
+    for row in rlvr.list_environments():
+        for option in json.loads(command("environments", row.name, "--json").out):
+            assert option["meaning"], (row.name, option["option"])
+
+
+@pytest.mark.parametrize(
+    ("docstring", "meanings"),
+    [
+        ("", {}),
+        ("It does.\n\nReturns:\n    a: b", {}),
+        (
+            "It does.\n\nArgs:\n    a: one,\n        continued: here.\n    b_2: two\n\nReturns:\n    c: three",
+            {"a": "one, continued: here.", "b_2": "two"},
+        ),
+    ],
+)
+def test_arguments_are_read_from_a_docstring(docstring, meanings):
+    assert described_arguments(docstring) == meanings
 
 
 def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_path):

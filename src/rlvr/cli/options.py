@@ -60,9 +60,8 @@ class EnvironmentCommand(TyperCommand):
         super().format_help(ctx, formatter)
         if self._environment is not None:
             from rlvr.cli.environments import option_rows, print_options
-            from rlvr.plugins.manager import environment_options
 
-            print_options(self._environment, option_rows(environment_options(self._environment)))
+            print_options(self._environment, option_rows(self._environment))
 
 
 def environment_arguments(environment: str | None, arguments: Sequence[str]) -> dict[str, Any]:
