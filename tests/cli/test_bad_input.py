@@ -133,6 +133,20 @@ CASES = [
     ("loss-type", f"{TRAIN} --loss-type gspo", PLAIN, ["loss_type is 'gspo'", "dr_grpo"]),
     ("scale-rewards", f"{TRAIN} --scale-rewards yes", PLAIN, ["scale_rewards is 'yes'", "group, batch, none"]),
     ("rollout-engine", f"{TRAIN} --rollout-engine vlm", PLAIN, ["rollout_engine is 'vlm'", "Did you mean 'vllm'?"]),
+    (
+        "parser",
+        f"{TRAIN} --tool-call-parser hermez --bf16 --fp16",
+        PLAIN,
+        ["2 settings", "tool_call_parser is 'hermez'", "llama3_json", "my_module:my_parser", "Did you mean 'hermes'?"],
+    ),
+    ("no-parser", f"{TRAIN} --tool-call-parser=", PLAIN, ["tool_call_parser is ''", "hermes"]),
+    ("parser-without-tools", f"{TRAIN} --tool-call-parser hermes", PLAIN, ["has no tools", "Leave it out"]),
+    (
+        "parser-module",
+        f"train musique --datasets sample -m {{model}} {ONE_STEP} --tool-call-parser nowhere:parser",
+        PLAIN,
+        ["tool-call parser 'nowhere:parser' cannot be loaded", "No module named 'nowhere'"],
+    ),
     ("tracker", f"{TRAIN} --report-to wandbb", PLAIN, ["report_to is 'wandbb'", "wandb"]),
     # contradictions
     ("bf16-and-fp16", f"{TRAIN} --bf16 --fp16", PLAIN, ["bf16 and fp16 are both on"]),
@@ -226,6 +240,12 @@ CASES = [
         "evaluate arithmetic -m {model} --temperature -1",
         PLAIN,
         ["temperature is -1.0", "0 is greedy"],
+    ),
+    (
+        "evaluate-parser",
+        "evaluate musique --datasets sample -m {model} --tool-call-parser nowhere.py:parser",
+        PLAIN,
+        ["tool-call parser 'nowhere.py:parser' cannot be loaded", "nowhere.py"],
     ),
     ("evaluate-no-adapter", "evaluate arithmetic -m {model} --adapter mine", other_files, ["no adapter in 'mine'"]),
     (

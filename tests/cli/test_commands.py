@@ -8,7 +8,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
 
+import rlvr
+from rlvr.cli import build_app
+from rlvr.cli.environments import described_arguments
+from rlvr.cli.options import environment_flag
+from rlvr.plugins.manager import environment_options
 from rlvr.tracking.run_folder import RunFolder
 
 pytestmark = pytest.mark.both
@@ -65,8 +71,36 @@ def test_listings(command):
     assert {"name", "distribution", "version", "available", "reason"} == set(backends[0])
     assert "hf" in [row["name"] for row in backends]
     assert "arithmetic" in command("environments").out
-    options = json.loads(command("environments", "arithmetic", "--json").out)
-    assert {"option": "--levels", "type": "str", "default": "1,2,3", "required": False} in options
+    options = json.loads(command("environments", "countdown", "--json").out)
+    assert options[0] == {
+        "option": "--numbers",
+        "type": "int",
+        "default": 3,
+        "required": False,
+        "meaning": "how many numbers a puzzle has, 2 to 6.",
+    }
+    assert "how many numbers a puzzle has" in command("train", "countdown", "--help").out
+
+
+def test_every_option_of_an_environment_is_described(command):
+    for row in rlvr.list_environments():
+        for option in json.loads(command("environments", row.name, "--json").out):
+            assert option["meaning"], (row.name, option["option"])
+
+
+@pytest.mark.parametrize(
+    ("docstring", "meanings"),
+    [
+        ("", {}),
+        ("It does.\n\nReturns:\n    a: b", {}),
+        (
+            "It does.\n\nArgs:\n    a: one,\n        continued: here.\n    b_2: two\n\nReturns:\n    c: three",
+            {"a": "one, continued: here.", "b_2": "two"},
+        ),
+    ],
+)
+def test_arguments_are_read_from_a_docstring(docstring, meanings):
+    assert described_arguments(docstring) == meanings
 
 
 def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_path):
@@ -103,6 +137,17 @@ def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_p
 def test_flags_become_settings(command, flags, expected):
     config = yaml.safe_load(command("train", "arithmetic", "-m", "m", *flags, "--dry-run").out)
     assert {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare"])
+def test_no_option_of_an_environment_hides_behind_one_of_the_command(command, name):
+    """`--config` of reasoning-gym would be taken for the command's own file."""
+    own = {flag for option in get_command(build_app(name)).commands[name].params for flag in option.opts}
+    for row in rlvr.list_environments():
+        options = environment_options(row.name)
+        assert not own & {environment_flag(option) for option in options}, row.name
+    written = ["train", "reasoning-gym:countdown", "-m", "m", "--env-config", '{"min_numbers": 3}', "--dry-run"]
+    assert yaml.safe_load(command(*written).out)["env_options"] == {"config": '{"min_numbers": 3}'}
 
 
 def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_folder):
@@ -164,3 +209,11 @@ def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folde
     assert command("train", "--num-generations", 1, "--output-dir", "other").code == 2
     assert built == [0]  # the last two were refused before a model was built
     assert not Path("other").exists()
+
+
+def test_runs_that_begin_in_one_second_have_names_of_their_own(command, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form, *_: "now")
+    Path("outputs/arithmetic-m-hf-now").mkdir(parents=True)
+    Path("outputs/arithmetic-m-hf-now-2").mkdir()
+    config = yaml.safe_load(command("train", "arithmetic", "-m", "m", "--dry-run").out)
+    assert (config["run_name"], config["output_dir"]) == ("arithmetic-m-hf-now-3", "outputs/arithmetic-m-hf-now-3")

@@ -25,6 +25,7 @@ def quickstart_model(tmp_path_factory):
 def workplace(tmp_path, monkeypatch, quickstart_model):
     """The working directory: the quickstart's model by the names that the pages use, and the user's own questions."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("quickstart-model", "outputs/quickstart/warm-start-0"):
         shutil.copytree(quickstart_model, tmp_path / name)
     rows = ({"question": f"Say {number}.", "answer": str(number)} for number in range(16))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from rlvr.environments.tools import tool_schema
+from rlvr.environments.tools import schema_of
 from rlvr.errors import EnvironmentDefinitionError, ModelError
 from rlvr.types import Message
 
@@ -47,7 +47,7 @@ class ChatRenderer:
                 "prompt. Use an instruction-tuned model, or give a Jinja template as chat_template."
             )
         self.tokenizer = tokenizer
-        self.tools = [tool_schema(tool) if callable(tool) else dict(tool) for tool in tools]
+        self.tools = [schema_of(tool) for tool in tools]
         self.chat_template = chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         if self.tools:

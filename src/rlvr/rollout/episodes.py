@@ -17,7 +17,7 @@ from rlvr.environments.tools import Toolbox, ToolResult, Workers
 from rlvr.errors import DataError, EnvironmentDefinitionError, InfrastructureError, RlvrError
 from rlvr.rollout.chat import ChatRenderer
 from rlvr.rollout.engine import RolloutEngine, RolloutSession, SampledTurn
-from rlvr.rollout.tool_calls import ToolCallParser, detect_parser, get_parser
+from rlvr.rollout.tool_calls import ToolCallParser, parser_for, read_turn
 from rlvr.types import Example, Message, StopReason, ToolCall, Trajectory, Turn
 
 T = TypeVar("T")
@@ -62,12 +62,13 @@ def play(
         renderer: made with the environment's tools.
         max_completion_tokens: sampled tokens and reply tokens of one rollout together.
         max_prompt_tokens: a longer prompt is an error.
-        parser: of tool calls: a name or an object; by default found from the chat template.
+        parser: of tool calls: as `get_parser` takes it; by default found from the chat template.
         on_progress: called with (rollouts finished, B).
 
     Raises:
         DataError: a prompt is longer than `max_prompt_tokens`.
-        EnvironmentDefinitionError: a method of the environment raised, or its tools cannot be used.
+        EnvironmentDefinitionError: a method of the environment or the parser raised, or the tools cannot be used.
+        ConfigError: a parser was given, and the environment has no tools.
     """
     if not examples:
         return []
@@ -158,13 +159,7 @@ class _Player:
         functions = [tool for tool in environment.tools if callable(tool)]
         self.toolbox = Toolbox(functions, timeout_s=environment.tool_timeout_s)
         self.answers_calls = len(functions) < len(environment.tools)
-        self.parser = None
-        if environment.tools:
-            self.parser = (
-                detect_parser(renderer.tokenizer, chat_template=renderer.chat_template)
-                if parser is None
-                else get_parser(parser)
-            )
+        self.parser = parser_for(renderer, parser)
 
     def set_up(self, examples: Sequence[Example], *, max_prompt_tokens: int | None) -> list[_Game]:
         ids: dict[str, list[int]] = {}  # a group's prompt is tokenized once
@@ -225,7 +220,7 @@ class _Player:
         ids = sampled.token_ids[:-1] if sampled.ended else sampled.token_ids
         if self.parser is None or not sampled.ended:
             return {"role": "assistant", "content": self._text(ids, skip_special_tokens=True)}, []
-        content, calls = self.parser.parse(self._text(ids, skip_special_tokens=False))
+        content, calls = read_turn(self.parser, self._text(ids, skip_special_tokens=False))
         message: Message = {"role": "assistant", "content": content}
         understood = [call.as_message_part() for call in calls if call.error is None]
         if understood:

@@ -15,6 +15,7 @@ from typing import Any
 from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError
 from rlvr.rollout.engine import RolloutEngine
+from rlvr.rollout.tool_calls import ToolCallParser
 from rlvr.types import Example, StopReason, Trajectory
 
 PASSING = 1.0
@@ -64,6 +65,7 @@ def evaluate_policy(
     samples: int = 1,
     limit: int | None = None,
     batch_size: int = 64,
+    parser: str | ToolCallParser | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Plays the held-out examples and scores them.
@@ -75,6 +77,7 @@ def evaluate_policy(
         samples: N, attempts at each example.
         limit: examples to play, from the first; None for all.
         batch_size: rollouts that are played at the same time.
+        parser: of tool calls; by default found from the chat template.
         on_progress: called with (attempts played, all).
 
     Raises:
@@ -93,6 +96,7 @@ def evaluate_policy(
             engine=engine,
             renderer=renderer,
             max_completion_tokens=max_completion_tokens,
+            parser=parser,
         )
         for index, rollout in zip(batch, rollouts, strict=True):
             scored.append(score(environment, index, rollout.trajectory, tokens=len(rollout.completion_ids)))

@@ -11,9 +11,11 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import EVALUATION_SETTINGS, LOADING, TrainSettings, closest, settings_from
 from rlvr.environments.base import Environment
+from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, ModelError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import Evaluation, ScoredTrajectory, evaluate_policy
+from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 
@@ -57,6 +59,8 @@ def evaluate(
     folder = _adapter_folder(adapter) if adapter is not None else None
     backend = load_backend(backend if backend is not None else chosen.backend)
     environment = load_environment(env, **(env_options or {}))
+    check_tools(environment.tools)
+    parser = asked_parser(chosen.tool_call_parser, has_tools=bool(environment.tools))
     policy = model if isinstance(model, LoadedPolicy) else _load(chosen, backend, folder)
     backend.for_inference(policy)
     return evaluate_policy(
@@ -73,6 +77,7 @@ def evaluate(
         samples=samples,
         limit=limit,
         batch_size=batch_size,
+        parser=parser,
         on_progress=on_progress,
     )
 
@@ -102,6 +107,7 @@ class Evaluator:
     """Evaluates the policy of a run, greedily, on the same examples each time.
 
     Args:
+        parser: of tool calls; None for that of the chat template.
         keep: takes the trajectories of each evaluation.
         add_row: takes a row of metrics.
     """
@@ -110,6 +116,7 @@ class Evaluator:
     backend: ModelBackend
     policy: LoadedPolicy
     settings: TrainSettings
+    parser: ToolCallParser | None
     keep: Callable[[list[TrajectoryRecord]], None]
     add_row: Callable[[Mapping[str, Any]], None]
 
@@ -130,6 +137,7 @@ class Evaluator:
                 _renderer(self.environment, self.policy),
                 max_completion_tokens=self.settings.max_tokens,
                 limit=self.settings.eval_samples,
+                parser=self.parser,
             )
         finally:
             self.backend.for_training(self.policy)
