@@ -10,7 +10,7 @@ from rlvr.errors import ConfigError
 from rlvr.rewards.rubric import Rubric, WeightedReward
 from rlvr.rollout.chat import ChatRenderer
 from rlvr.rollout.engine import SampledTurn
-from rlvr.rollout.evaluation import evaluate_policy, pass_at_k, score, summarise
+from rlvr.rollout.evaluation import LocalPlayer, evaluate_policy, pass_at_k, score, summarise
 from rlvr.types import StopReason, Trajectory, Turn
 
 
@@ -58,6 +58,15 @@ def length(trajectory):
     return None if trajectory.text == "" else float(len(trajectory.text))
 
 
+def local(engine, tokenizer, batch_size=64):
+    return LocalPlayer(
+        engine_for=lambda seed: engine,
+        renderer=ChatRenderer(tokenizer),
+        max_completion_tokens=9,
+        batch_size=batch_size,
+    )
+
+
 @pytest.fixture
 def environment():
     rows = [{"question": "1+1", "answer": "2", "level": "a"}, {"question": "20+30", "answer": "50", "level": "b"}]
@@ -72,9 +81,7 @@ def environment():
 
 def test_means_pass_rates_and_groups(environment, tokenizer):
     engine = ScriptedEngine(tokenizer, ["2", "3", "50", "50"])
-    found = evaluate_policy(
-        environment, engine, ChatRenderer(tokenizer), max_completion_tokens=9, samples=2, batch_size=3
-    )
+    found = evaluate_policy(environment, local(engine, tokenizer, batch_size=3), samples=2)
     assert found.metrics == pytest.approx(
         {"right": 3 / 4, "length": 6 / 4, "reward": 3 / 4 + 0.15, "pass@1": 0.75, "pass@2": 1.0}
     )
@@ -90,9 +97,7 @@ def test_the_limit_takes_the_first_examples_and_progress_is_told(environment, to
     told = []
     found = evaluate_policy(
         environment,
-        ScriptedEngine(tokenizer, ["2"]),
-        ChatRenderer(tokenizer),
-        max_completion_tokens=9,
+        local(ScriptedEngine(tokenizer, ["2"]), tokenizer),
         limit=1,
         on_progress=lambda done, of: told.append((done, of)),
     )

@@ -64,12 +64,11 @@ def share_interval(clusters: Sequence[Sequence[float]], *, attempts: int | None 
     if examples < 2:
         return None
     mean, variance = _mean_and_variance(clusters)
-    single = all(len(values) == 1 and values[0] in (0, 1) for values in clusters)
-    if single or mean in (0, 1):
+    attempts = attempts or sum(map(len, clusters))
+    if attempts == examples or mean in (0, 1):
         size = float(examples)
     else:
-        most = attempts or sum(map(len, clusters))
-        size = min(mean * (1 - mean) / variance, most) if variance > 0 else float(most)
+        size = min(mean * (1 - mean) / variance, attempts) if variance > 0 else float(attempts)
         size *= (_Z / t_quantile(_QUANTILE, examples - 1)) ** 2
     return _wilson(mean, size)
 
