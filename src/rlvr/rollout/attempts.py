@@ -83,7 +83,7 @@ class AttemptFile:
             before = dict(json.loads(self.settings_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RunFolderError(
-                f"{str(self.path)!r} cannot be gone on with: {str(self.settings_path)!r}, which says what it was made "
+                f"cannot go on with {str(self.path)!r}: {str(self.settings_path)!r}, which says what it was made "
                 f"with, cannot be read ({error}). Choose another --output."
             ) from error
         now = self._settings
