@@ -76,9 +76,9 @@ def test_trials_are_numbered_and_then_infrastructure_has_failed(trouble):
 
 
 def test_the_last_trouble_is_in_the_message():
-    with ChatServer(script(HANG_UP, (503, {"error": {"message": f"no room for {KEY}"}}))) as server:
-        with pytest.raises(InfrastructureError) as caught:
-            ask(server, retries=1)
+    answers = script(HANG_UP, (503, {"error": {"message": f"no room for {KEY}"}}))
+    with ChatServer(answers) as server, pytest.raises(InfrastructureError) as caught:
+        ask(server, retries=1)
     assert "status 503: no room for ***" in str(caught.value)
     assert server.url in str(caught.value)
     assert KEY not in str(caught.value)
@@ -138,9 +138,10 @@ def test_the_servers_waiting_time_is_kept(monkeypatch):
 
 
 def test_a_waiting_time_beyond_the_limit_is_not_waited_for():
-    with ChatServer(script((429, "", {"Retry-After": "86400"}))) as server:
-        with pytest.raises(InfrastructureError, match="in 1 trial; the last: status 429"):
-            ask(server, timeout_s=600)
+    says = "in 1 trial; the last: status 429"
+    answers = script((429, "", {"Retry-After": "86400"}))
+    with ChatServer(answers) as server, pytest.raises(InfrastructureError, match=says):
+        ask(server, timeout_s=600)
 
 
 def test_waiting_times_by_hand(monkeypatch):

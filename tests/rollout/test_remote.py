@@ -261,16 +261,16 @@ def test_a_tool_whose_service_is_down():
 
 def test_a_server_that_is_gone_is_not_asked_for_every_example(monkeypatch):
     monkeypatch.setattr(remote, "HOPELESS", 4)
-    with ChatServer(lambda body: (503, "gone")) as server:
-        with pytest.raises(EndpointError, match=r"(?s)4 rollouts in a row have failed.*status 503: gone"):
-            evaluate_policy(environment(rows(100)), player(server, concurrency=1))
+    says = "4 rollouts in a row have failed.*status 503: gone"
+    with ChatServer(lambda body: (503, "gone")) as server, pytest.raises(EndpointError, match=says):
+        evaluate_policy(environment(rows(100)), player(server, concurrency=1))
     assert len(server.requests) < 10
 
 
 def test_a_refusal_stops_the_evaluation():
-    with ChatServer(lambda body: (401, {"error": {"message": "who are you?"}})) as server:
-        with pytest.raises(EndpointError, match="who are you"):
-            evaluate_policy(environment(rows(20)), player(server, concurrency=2))
+    answer = (401, {"error": {"message": "who are you?"}})
+    with ChatServer(lambda body: answer) as server, pytest.raises(EndpointError, match="who are you"):
+        evaluate_policy(environment(rows(20)), player(server, concurrency=2))
     assert len(server.requests) <= 4
 
 

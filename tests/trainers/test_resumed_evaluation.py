@@ -143,9 +143,9 @@ def test_failed_infrastructure_is_tried_again_by_resuming(tmp_path):
 
 
 def test_where_all_attempts_fail_there_is_nothing_to_report(tmp_path):
-    with ChatServer(lambda body: (500, "out of order")) as server:
-        with pytest.raises(InfrastructureError, match=r"all 10 attempts failed.*status 500: out of order"):
-            through(server, tmp_path / "a.jsonl")
+    says = "all 10 attempts failed.*status 500: out of order"
+    with ChatServer(lambda body: (500, "out of order")) as server, pytest.raises(InfrastructureError, match=says):
+        through(server, tmp_path / "a.jsonl")
 
 
 def test_other_settings_are_refused_by_name(model_folder, tmp_path):

@@ -25,6 +25,9 @@ class Finding:
     topic: str
     text: str
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", " ".join(self.text.split()))  # errors that are quoted may have several lines
+
     def as_json(self) -> dict[str, str]:
         return asdict(self)
 
