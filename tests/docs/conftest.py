@@ -6,6 +6,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from chat_server import ChatServer, completion
+from doc_blocks import ENDPOINT_VARIABLE
 
 from rlvr import quickstart
 from rlvr.trainers import run as run_module
@@ -21,11 +23,14 @@ def quickstart_model(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, quickstart_model):
-    """The working directory, where the quickstart's model is found by the names that the pages use."""
+    """The working directory, where the quickstart's model is found by the names that the pages use; and a server."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("quickstart-model", "outputs/quickstart-model-0"):
         shutil.copytree(quickstart_model, tmp_path / name)
-    return tmp_path
+    with ChatServer(lambda body: completion("7")) as server:
+        monkeypatch.setenv(ENDPOINT_VARIABLE, server.url)
+        yield tmp_path
 
 
 @pytest.fixture

@@ -68,11 +68,21 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_option_exists(page, capsys):
     known = set()
-    for command in (["train"], ["evaluate"], ["train", "dataset"], ["train", "arithmetic"], ["backends"]):
+    for command in (
+        ["train"],
+        ["evaluate"],
+        ["preflight"],
+        ["train", "dataset"],
+        ["train", "arithmetic"],
+        ["backends"],
+    ):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
-    other_programs = {"--no-deps", "--constraint", "--no-build-isolation"}
+    other_programs = {
+        *("--no-deps", "--constraint", "--no-build-isolation"),
+        *("--generation-config", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text())) - known - other_programs == set()
 
 
