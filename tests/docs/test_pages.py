@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from importlib.metadata import metadata
 from pathlib import Path
@@ -42,8 +43,8 @@ def test_the_code_for_unsloth_runs(page, workplace, short_runs, model_folder):
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
     """A text block right after a Python block is what that prints."""
-    found, namespace = blocks(page), {}
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    namespace = {}
+    for block, following in itertools.pairwise([*blocks(page), None]):
         if block.language == "python" and "unsloth" not in block.info:
             printed = run_block(block, namespace, model_folder)
             if following is not None and following.language == "text":
@@ -52,11 +53,8 @@ def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
 
 def test_the_example_of_the_readme_prints_what_it_says(workplace):
     """In full: the only page whose numbers are a claim about learning."""
-    example, output = next(
-        (block, following)
-        for block, following in zip(blocks(ROOT / "README.md"), blocks(ROOT / "README.md")[1:], strict=False)
-        if block.language == "python"
-    )
+    pairs = itertools.pairwise(blocks(ROOT / "README.md"))
+    example, output = next(pair for pair in pairs if pair[0].language == "python")
     assert len([line for line in example.text.splitlines() if line.strip()]) == 12
     printed = run_block(example, {}, workplace).splitlines()[-1]
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", output.text.strip())
@@ -66,16 +64,11 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_option_exists(page, capsys):
+def test_every_option_exists(page, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     known = set()
-    for command in (
-        ["train"],
-        ["evaluate"],
-        ["preflight"],
-        ["train", "dataset"],
-        ["train", "arithmetic"],
-        ["backends"],
-    ):
+    commands = (["train"], ["evaluate"], ["preflight"], ["train", "dataset"], ["train", "arithmetic"])
+    for command in (*commands, ["backends", "check"]):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))

@@ -76,7 +76,6 @@ def _learn(seed: int, recipe: Recipe, report: Callable[[str], None]) -> tuple[An
             kv_heads=recipe.heads,
             intermediate_size=4 * recipe.hidden_size,
             vocab_size=len(tokenizer),
-            max_position_embeddings=512,
             initializer_range=recipe.initializer_range,
             rope_parameters={"rope_type": "default", "rope_theta": recipe.rope_theta},
             tie_word_embeddings=True,

@@ -94,6 +94,11 @@ def train(
         return train_isolated(
             resolved, **{name: value for name, value in objects.items() if not isinstance(value, named_kinds)}
         )
+    if isinstance(env, Environment) and resolved.env_options:
+        raise ConfigError(
+            f"options were given for an environment that exists already: {', '.join(resolved.env_options)}. "
+            "Make it with them: rlvr.load_environment(name, **options)."
+        )
     return train_with(
         resolved,
         environment=env if isinstance(env, Environment) else None,
@@ -151,7 +156,7 @@ def train_with(
     try:
         # The backend comes first: it may have to be imported before what an environment imports.
         backend = load_backend(backend if backend is not None else settings.backend)
-        environment = load_environment(environment or settings.env, **settings.env_options)
+        environment = environment or load_environment(settings.env, **settings.env_options)
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
