@@ -182,6 +182,12 @@ def test_what_cannot_be_resumed(model_folder, tmp_path):
         evaluate(model_folder, path, limit=1, resume=True)
 
 
+def test_a_loaded_policy_is_not_behind_an_api(model_folder):
+    policy = rlvr.load_policy(str(model_folder), backend="hf", max_seq_length=80)
+    with pytest.raises(ConfigError, match="a loaded policy was given with api_base_url"):
+        rlvr.evaluate(environment(), policy, api_base_url="http://127.0.0.1:9/v1", max_prompt_length=64, max_tokens=6)
+
+
 def test_resuming_what_was_never_begun_begins(model_folder, tmp_path):
     found = evaluate(model_folder, tmp_path / "a.jsonl", limit=1, resume=True)
     assert len(found.trajectories) == len((tmp_path / "a.jsonl").read_text().splitlines()) == 3

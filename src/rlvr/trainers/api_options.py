@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from rlvr.config import TrainSettings
+from rlvr.config import EVALUATION_SETTINGS, TrainSettings
 from rlvr.errors import ConfigError
 from rlvr.rollout.evaluation import Player
 from rlvr.trainers.players import sampling_settings
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-API_SETTINGS = (  # of `TrainSettings`: what a request can say
-    *("model", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed"),
-)
+# of `TrainSettings`: what a request can say
+API_SETTINGS = ("model", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+LOCAL_OPTIONS = {"backend", "adapter", "batch_size", "a loaded policy", *EVALUATION_SETTINGS} - {*API_SETTINGS}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ApiOptions:
         problems = [
             f"{name} was given with api_base_url: it is for a model that is loaded here. Leave it out."
             for name in given
-            if name not in API_SETTINGS
+            if name in LOCAL_OPTIONS
         ]
         if problem := url_problem(self.base_url):
             problems.append(problem)

@@ -84,7 +84,8 @@ def evaluate(
         concurrency=concurrency,
     )
     here = {"backend": backend, "adapter": adapter, "batch_size": batch_size}  # what only a policy loaded here has
-    problems = api.problems([*settings, *(name for name, value in here.items() if value is not None)])
+    loaded = {"a loaded policy": model if isinstance(model, LoadedPolicy) else None}
+    problems = api.problems([*settings, *(name for name, value in {**here, **loaded}.items() if value is not None)])
     if resume and output is None:
         problems.append("resume was given without output, the file to go on with.")
     temperature = temperature if temperature is not None else 0.0 if samples == 1 else 1.0
@@ -98,10 +99,10 @@ def evaluate(
     environment = load_environment(env, **(env_options or {}))
     done = []
     if file is not None:
-        own = {"api_base_url": api_base_url} if loader is None else {**here, "backend": backend_name(loader)}
-        asked = {"env_options": env_options or {}, "samples": samples, "temperature": temperature, **own}
+        made_with = {"env_options": env_options or {}, "samples": samples, "temperature": temperature}
+        made_with |= {"api_base_url": api_base_url} if loader is None else {**here, "backend": backend_name(loader)}
         names = API_SETTINGS if loader is None else EVALUATION_SETTINGS
-        made_with = {**{name: getattr(chosen, name) for name in names}, **asked}
+        made_with = {**{name: getattr(chosen, name) for name in names}, **made_with}
         done = file.done(environment, evaluation_rows(environment, limit), made_with)
     player: Player
     if loader is None:
