@@ -46,6 +46,7 @@ def build_app(asked_for: str | None = None) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich's panels cut long option names on a terminal of 80 columns
     )
 
     @app.callback()
