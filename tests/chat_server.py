@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -24,6 +25,14 @@ HANG_UP = "hang up"  # closes the connection without a word
 CUT_SHORT = "cut short"  # promises more than it sends
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # clients may give up
+            super().handle_error(request, client_address)
+
+
 class ChatServer:
     """Answers POSTs with what `answer(body)` gives: a completion, (status, body[, headers]), or one of the above.
 
@@ -34,8 +43,7 @@ class ChatServer:
     def __init__(self, answer):
         self.answer, self.requests, self.most, self._now = answer, [], 0, 0
         self._lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = _Server(("127.0.0.1", 0), self._handler())
 
     @property
     def url(self):
