@@ -38,6 +38,7 @@ EVALUATION_SETTINGS = (  # those of `TrainSettings` that `evaluate` takes too
     *("top_p", "top_k", "min_p", "repetition_penalty", "rollout_engine", "tool_call_parser"),
     *("dtype", "bf16", "fp16", "load_in_4bit", "load_in_8bit", "attention", "seed"),
 )
+PREFLIGHT_SETTINGS = (*EVALUATION_SETTINGS, "temperature", "num_generations", "prompts_per_step")
 
 
 def option(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_server import ChatServer, completion
 from typer.main import get_command
 
 import rlvr
@@ -30,6 +31,7 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth", 
         ["--version"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["preflight", "--help"],
         ["train", "arithmetic", "--help"],
         ["backends"],
         ["backends", "--json"],
@@ -180,7 +182,73 @@ def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_fol
     assert (found["examples"], found["samples"]) == (3, 2)
     assert {"pass@1", "pass@2", "exact_match", "reward"} <= found["metrics"].keys()
     assert list(found["groups"]) == ["level=1"]
+    assert found["intervals"].keys() == found["metrics"].keys()
     assert len(Path("attempts.jsonl").read_text().splitlines()) == 6
+
+
+def sums(body):
+    """Adds; every fifth problem wrongly."""
+    numbers = [int(number) for number in body["messages"][-1]["content"].strip("=").split("+")]
+    return completion(str(sum(numbers) + (sum(numbers) % 5 == 0)), completion_tokens=3)
+
+
+def test_a_model_behind_an_api_is_evaluated_and_resumed(command, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("SERVER_KEY", "sk-secret\n")
+    line = ("evaluate", "arithmetic", "--levels", 1, "-m", "served", "--limit", 20, "--samples", 2)
+    with ChatServer(sums) as server:
+        line = (*line, "--api-base-url", server.url, "--api-key-env", "SERVER_KEY", "--output", "a.jsonl")
+        shown = command(*line, "--concurrency", 4)
+        assert shown.code == 0, shown.err
+        assert len(server.requests) == 40
+        assert 1 <= server.most <= 4
+        assert server.requests[0][1]["Authorization"] == "Bearer sk-secret"
+        rows = Path("a.jsonl").read_text().splitlines(keepends=True)
+        Path("a.jsonl").write_text("".join(rows[:31]) + rows[31][:50])
+        resumed = command(*line, "--resume", "--json", "--concurrency", 2, "--api-retries", 1, "--api-timeout", 60)
+        assert resumed.code == 0, resumed.err
+        assert len(server.requests) == 49
+    found = json.loads(resumed.out)
+    solved = [json.loads(row)["passed"] for row in rows]
+    assert found["metrics"]["pass@1"] == pytest.approx(sum(solved) / 40)
+    low, high = found["intervals"]["pass@1"]
+    assert f"{found['metrics']['pass@1']:.3f} [{low:.3f}, {high:.3f}]" in shown.out
+    assert "20 examples × 2 attempts · 120 tokens" in shown.out
+    assert len(Path("a.jsonl").read_text().splitlines()) == 40
+    written = [path.read_text() for path in Path().iterdir()]
+    assert not any("sk-secret" in text for text in (*written, shown.out, shown.err, resumed.out, resumed.err))
+
+
+def test_a_refusal_of_the_api_is_one_message(command, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with ChatServer(lambda body: (401, {"error": {"message": "bad key sk-secret"}})) as server:
+        outcome = command("evaluate", "arithmetic", "-m", "served", "--api-base-url", server.url, "--limit", 2)
+    assert outcome.code == 2
+    assert "refused a request with status 401: bad key ***" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "sk-secret" not in outcome.err
+
+
+def test_preflight_says_what_it_found_and_exits_by_it(command, model_folder):
+    line = ("preflight", "arithmetic", "--levels", 1, "-m", model_folder, "--max-tokens", 4, "--max-prompt-length", 64)
+    hopeless = command(*line, "--prompts", 3, "--num-generations", 4)
+    assert hopeless.code == 1
+    assert "Traceback" not in hopeless.err
+    assert "problem  groups" in hopeless.out
+    found = json.loads(command(*line, "--prompts", 2, "--num-generations", 2, "--json").out)
+    assert found["numbers"]["completions"] == 4
+    assert {finding["level"] for finding in found["findings"]} <= {"ok", "warning", "problem"}
+
+
+def test_preflight_exits_with_0_where_there_are_warnings_only(command, monkeypatch):
+    from rlvr.trainers.preflight import Finding, Preflight
+
+    found = Preflight(findings=[Finding("warning", "difficulty", "too easy")], numbers={})
+    monkeypatch.setattr("rlvr.trainers.preflight.preflight", lambda *args, **options: found)
+    outcome = command("preflight", "arithmetic", "-m", "m")
+    assert outcome.code == 0
+    assert "warning  difficulty  too easy" in outcome.out
 
 
 def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folder):

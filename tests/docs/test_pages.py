@@ -69,11 +69,14 @@ def test_every_option_exists(page, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     known = set()
     environments = [["train", row.name] for row in rlvr.list_environments()]
-    for command in (["train"], ["evaluate"], ["backends", "check"], *environments):
+    for command in (["train"], ["evaluate"], ["preflight"], ["backends", "check"], *environments):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
-    other_programs = {"--no-deps", "--constraint", "--no-build-isolation"}
+    other_programs = {
+        *("--no-deps", "--constraint", "--no-build-isolation"),
+        *("--generation-config", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text())) - known - other_programs == set()
 
 

@@ -18,20 +18,12 @@ from rlvr.errors import ConfigError
 
 SHORT = {"model": "-m"}
 COMMAND_OPTIONS = frozenset(  # of the commands on environments themselves, beside settings
-    (
-        "config",
-        "dry_run",
-        "adapter",
-        "samples",
-        "limit",
-        "output",
-        "json",
-        "backends",
-        "steps",
-        "as_is",
-        "help",
-        "debug",
-    )
+    [
+        *("config", "dry_run", "adapter", "samples", "limit", "output", "resume", "json", "help", "debug"),
+        *("api_base_url", "api_key_env", "api_retries", "api_timeout", "concurrency"),  # evaluate
+        *("backends", "steps", "as_is"),  # compare
+        "prompts",  # preflight
+    ]
 )
 
 

@@ -54,11 +54,15 @@ class ChatRenderer:
             self._check_tools()
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        return self._render(_with_call_ids(messages), add_generation_prompt=True)
+        return self._render(with_call_ids(messages), add_generation_prompt=True)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the policy goes on; the generation prompt is included."""
         return self.encode(self.prompt_text(messages))
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation that is over, as one who was not there would render it."""
+        return self.encode(self._render(with_call_ids(messages)))
 
     def reply_ids(self, replies: Sequence[Message]) -> list[int]:
         """The ids between an assistant turn's end-of-turn token and the next turn's first sampled token.
@@ -180,10 +184,10 @@ def _conversation(replies: Sequence[Message], calls: Sequence[Message]) -> list[
             }
             for call in calls
         ]
-    return _with_call_ids([_user(), said, *replies])
+    return with_call_ids([_user(), said, *replies])
 
 
-def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+def with_call_ids(messages: Sequence[Message]) -> list[Message]:
     """Numbers tool calls and their results: Mistral's templates insist on ids of nine letters and digits."""
     numbered: list[Message] = []
     waiting: list[str] = []

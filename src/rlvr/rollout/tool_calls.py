@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -199,6 +200,16 @@ def detect_parser(tokenizer: Any, *, chat_template: str | None = None) -> ToolCa
         "the chat template writes tool calls in no format that is known here, so --tool-call-parser must name a "
         f"parser: {ALLOWED}."
     )
+
+
+def structured_call(part: Any) -> ToolCall:
+    """A call as an OpenAI-compatible server gives it: `{"id", "function": {"name", "arguments": "{...}"}}`."""
+    function = part.get("function") if isinstance(part, dict) else None
+    if not isinstance(function, dict):
+        return ToolCall("", error=f"a tool call has a name and arguments, got {json.dumps(part)[:100]}")
+    call = _call_from({**function, "arguments": function.get("arguments") or {}}, arguments="arguments")
+    call_id = part.get("id")
+    return dataclasses.replace(call, call_id=call_id if isinstance(call_id, str) and call_id else None)
 
 
 def _read_json(text: str, *, arguments: str) -> ToolCall:

@@ -21,7 +21,8 @@ from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
-from rlvr.trainers.evaluate import Evaluator, loaded_policy_problems
+from rlvr.trainers.evaluator import Evaluator
+from rlvr.trainers.players import backend_name, loaded_policy_problems
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +82,7 @@ def train(
         "env": env.name if isinstance(env, Environment) else env,
         "env_options": dict(env_options) if env_options else None,
         "model": model.settings.model if isinstance(model, LoadedPolicy) else model,
-        "backend": backend if isinstance(backend, str) or backend is None else _backend_name(backend),
+        "backend": backend if isinstance(backend, str) or backend is None else backend_name(backend),
     }
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
@@ -386,10 +387,6 @@ def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
     name = settings.hub_model_id or settings.run_name
     for part in (policy.model, policy.tokenizer):
         part.push_to_hub(name)  # type: ignore[arg-type]
-
-
-def _backend_name(backend: ModelBackend) -> str:
-    return getattr(backend, "name", type(backend).__name__)
 
 
 def _new_run_name(settings: TrainSettings, backend: str) -> str:
