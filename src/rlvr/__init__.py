@@ -35,6 +35,7 @@ _PUBLIC = {  # name → module that defines it
     "load_backend": "rlvr.plugins.manager",
     "load_environment": "rlvr.plugins.manager",
     "load_policy": "rlvr.backends",
+    "preflight": "rlvr.trainers.preflight",
     "train": "rlvr.trainers.run",
 }
 
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from rlvr.rewards.rubric import WeightedReward as WeightedReward
     from rlvr.tracking.lineage import lineage as lineage
     from rlvr.trainers.evaluate import evaluate as evaluate
+    from rlvr.trainers.preflight import preflight as preflight
     from rlvr.trainers.run import train as train
     from rlvr.types import Message as Message
     from rlvr.types import StopReason as StopReason

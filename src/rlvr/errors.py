@@ -15,6 +15,7 @@
     ├── DataError (ValueError)                 a dataset or a column that cannot be used
     ├── EnvironmentDefinitionError (ValueError)  an environment or a tool that is not well formed
     ├── InfrastructureError (RuntimeError)     a service failed: that rollout is excluded from training and counted
+    ├── EndpointError (RuntimeError)           a model's API refused a request, or does not answer any more
     ├── RewardError (RuntimeError)             a reward function failed; the run is saved first
     ├── FrozenTrainingError (RuntimeError)     an optimizer step changed no trained parameter
     ├── SamplerDriftError (RuntimeError)       rollout and training disagree on log-probabilities
@@ -97,6 +98,10 @@ class EnvironmentDefinitionError(RlvrError, ValueError):
 
 class InfrastructureError(RlvrError, RuntimeError):
     """Raised by a tool or by `Environment.respond`: something outside failed, and the model is not to blame."""
+
+
+class EndpointError(RlvrError, RuntimeError):
+    """The API of a model refused a request in a way that trying again cannot mend, or no longer answers."""
 
 
 class RewardError(RlvrError, RuntimeError):

@@ -7,6 +7,8 @@ import shutil
 from dataclasses import replace
 
 import pytest
+from chat_server import ChatServer, completion
+from doc_blocks import ENDPOINT_VARIABLE
 
 from rlvr import quickstart
 from rlvr.cli import train as train_command
@@ -23,13 +25,20 @@ def quickstart_model(tmp_path_factory):
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch, quickstart_model):
-    """The working directory: the quickstart's model by the names that the pages use, and the user's own questions."""
+    """The working directory: the quickstart's model by the names that the pages use, and the user's own questions.
+
+    A server answers where the pages have one.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     for name in ("quickstart-model", "outputs/quickstart/warm-start-0"):
         shutil.copytree(quickstart_model, tmp_path / name)
     rows = ({"question": f"Say {number}.", "answer": str(number)} for number in range(16))
     (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return tmp_path
+    with ChatServer(lambda body: completion("7")) as server:
+        monkeypatch.setenv(ENDPOINT_VARIABLE, server.url)
+        yield tmp_path
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from importlib.metadata import metadata
 from pathlib import Path
 
 import pytest
-from doc_blocks import EXTRAS, PAGES, ROOT, blocks, run_block
+from doc_blocks import EXTRAS, OWN_TESTS, PAGES, ROOT, blocks, run_block
 
+import rlvr
 from rlvr.cli import main
 
-ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), ROOT / "docs" / "write-a-backend.md"]
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), *(ROOT / "docs" / name for name in sorted(OWN_TESTS))]
 NUMBER = re.compile(r"\d+(\.\d+)?")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
@@ -67,12 +68,16 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 def test_every_option_exists(page, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     known = set()
-    commands = ("train", "evaluate", "train dataset", "train arithmetic", "backends check", "export", "lineage")
-    for command in map(str.split, commands):
+    environments = [["train", row.name] for row in rlvr.list_environments()]
+    commands = ("train", "evaluate", "preflight", "backends check", "export", "lineage")
+    for command in (*map(str.split, commands), *environments):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
-    other_programs = {"--no-deps", "--constraint", "--no-build-isolation"}
+    other_programs = {
+        *("--no-deps", "--constraint", "--no-build-isolation"),
+        *("--generation-config", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text())) - known - other_programs == set()
 
 

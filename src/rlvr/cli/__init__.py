@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("train", "evaluate", "compare", "export", "lineage", "backends", "environments")
+COMMANDS = ("train", "evaluate", "preflight", "compare", "export", "lineage", "backends", "environments")
 
 EXIT_REFUSED = 2  # an RlvrError, or options that the command line cannot read
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 if all went well, 2 if it was refused with a message, 1 if it crashed."""
+    """Runs the command and exits: 0 if all went well, 2 if it was refused with a message, 1 if it crashed.
+
+    `rlvr preflight` exits with 1 where it found a problem, too.
+    """
     from rlvr.errors import RlvrError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)

@@ -17,6 +17,14 @@ from rlvr.config import TrainSettings, closest, option_default, option_type
 from rlvr.errors import ConfigError
 
 SHORT = {"model": "-m"}
+COMMAND_OPTIONS = frozenset(  # of the commands on environments themselves, beside settings
+    [
+        *("config", "dry_run", "adapter", "samples", "limit", "output", "resume", "json", "help", "debug"),
+        *("api_base_url", "api_key_env", "api_retries", "api_timeout", "concurrency"),  # evaluate
+        *("backends", "steps", "as_is"),  # compare
+        "prompts",  # preflight
+    ]
+)
 
 
 class EnvironmentCommand(TyperCommand):
@@ -44,9 +52,8 @@ class EnvironmentCommand(TyperCommand):
         super().format_help(ctx, formatter)
         if self._environment is not None:
             from rlvr.cli.environments import option_rows, print_options
-            from rlvr.plugins.manager import environment_options
 
-            print_options(self._environment, option_rows(environment_options(self._environment)))
+            print_options(self._environment, option_rows(self._environment))
 
 
 def environment_arguments(environment: str | None, arguments: Sequence[str]) -> dict[str, Any]:
@@ -137,8 +144,8 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment_flag(name: str) -> str:
-    """The flag of an environment's option: with `env` in front where training has an option of that name."""
-    taken = {definition.name for definition in settings_fields()}
+    """The flag of an environment's option: with `env` in front where a command has an option of that name."""
+    taken = {definition.name for definition in settings_fields()} | COMMAND_OPTIONS
     return flag_of(f"env_{name}" if name in taken else name)
 
 
@@ -181,7 +188,7 @@ def parse_environment_options(
         flag, _, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         if name not in parameters and name.removeprefix("env_") in parameters:
-            name = name.removeprefix("env_")  # --env-seed, where training has a --seed of its own
+            name = name.removeprefix("env_")  # --env-seed, where the command has a --seed of its own
         negated = name.removeprefix("no_")
         has_value = bool(value) or "=" in word
         if name not in parameters and negated in parameters and value_type(parameters[negated]) is bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -15,13 +16,16 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import TrainSettings, merge, read_config, settings_from
 from rlvr.environments.base import Environment
+from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
+from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import require_token
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
-from rlvr.trainers.evaluate import Evaluator, loaded_policy_problems
+from rlvr.trainers.evaluator import Evaluator
+from rlvr.trainers.players import backend_name, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
 
 logger = logging.getLogger(__name__)
@@ -82,7 +86,7 @@ def train(
         "env": env.name if isinstance(env, Environment) else env,
         "env_options": dict(env_options) if env_options else None,
         "model": model.settings.model if isinstance(model, LoadedPolicy) else model,
-        "backend": backend if isinstance(backend, str) or backend is None else _backend_name(backend),
+        "backend": backend if isinstance(backend, str) or backend is None else backend_name(backend),
     }
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
@@ -160,13 +164,15 @@ def train_with(
         # The backend comes first: it may have to be imported before what an environment imports.
         backend = load_backend(backend if backend is not None else settings.backend)
         environment = environment or load_environment(settings.env, **settings.env_options)
+        check_tools(environment.tools)
+        parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
-            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks)
+            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks, parser)
     finally:
         folder.release_if_unused()
 
@@ -180,6 +186,7 @@ def _train(
     arguments: dict[str, Any],
     folder: RunFolder,
     callbacks: Sequence[Any],
+    parser: ToolCallParser | None,
 ) -> Run:
     from transformers import PrinterCallback
     from trl import GRPOConfig
@@ -188,7 +195,7 @@ def _train(
     from rlvr.trainers import EnhancedGRPOTrainer
 
     evaluator = Evaluator(
-        environment, backend, policy, settings, keep=folder.add_trajectories, add_row=folder.add_metrics
+        environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
     )
     progress = ProgressDisplay()
     trainer = EnhancedGRPOTrainer(
@@ -199,6 +206,7 @@ def _train(
         args=GRPOConfig(**arguments),
         callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
         rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
+        tool_call_parser=parser,
         shared_prefix=settings.shared_prefix,  # type: ignore[arg-type]
         canary_every=settings.canary_every,
         trajectory_sinks=[folder.add_trajectories],
@@ -387,13 +395,11 @@ def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
         part.push_to_hub(name)  # type: ignore[arg-type]
 
 
-def _backend_name(backend: ModelBackend) -> str:
-    return getattr(backend, "name", type(backend).__name__)
-
-
 def _new_run_name(settings: TrainSettings, backend: str) -> str:
     parts = [settings.env, Path(settings.model or "").name, backend, time.strftime("%Y%m%d-%H%M%S")]
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))  # several in one second
+    return next(candidate for candidate in names if not (Path("outputs") / candidate).exists())
 
 
 def _default_output_dir(run_name: str | None) -> str | None:
