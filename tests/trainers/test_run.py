@@ -176,7 +176,7 @@ def test_a_failing_reward_function_stops_the_run_and_leaves_what_there_is(enviro
         rlvr.train(environment, model_folder, "hf", **SMALL, max_steps=3, eval_samples=0, output_dir=tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     assert len(list(folder.trajectories())) == 4
-    assert (folder.checkpoints / "checkpoint-1").exists()
+    assert (folder.checkpoints / "checkpoint-1" / "lineage.json").exists()
     assert not (folder.path / "summary.json").exists()
 
 
