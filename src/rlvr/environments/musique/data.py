@@ -28,6 +28,7 @@ def load_questions(
     sample_size: int = 200,
     sample_hops: tuple[int, ...] = (2, 3, 4),
     sample_paragraphs: int = 20,
+    sample_words: int | None = None,
 ) -> list[Row]:
     """Questions with their paragraphs, from MuSiQue's own format.
 
@@ -44,10 +45,12 @@ def load_questions(
         sample_size: questions in the sample.
         sample_hops: numbers of hops in the sample.
         sample_paragraphs: paragraphs of a question in the sample.
+        sample_words: different words that the sample's names are made of; None: any.
 
     Returns:
         Rows with `id, question, answer, references, paragraphs, answerable, hops, supporting`; `references`
-        are the answer and its aliases, `supporting` the `idx` of the supporting paragraphs.
+        are the answer and its aliases, `supporting` the `idx` of the supporting paragraphs, hop by hop where the
+        row has MuSiQue's `question_decomposition`.
 
     Raises:
         DataError: a dataset cannot be loaded, or no row of it can be used.
@@ -63,6 +66,7 @@ def load_questions(
                 seed=seed,
                 hops=sample_hops,
                 paragraphs=sample_paragraphs,
+                words=sample_words,
                 held_out=split != "train",
                 unanswerable=0.0 if answerable_only else 0.25,
             )
@@ -144,7 +148,11 @@ def _prepared(row: Row) -> Row:
 
 
 def _supporting(row: Row) -> list[int]:
-    return [paragraph["idx"] for paragraph in row["paragraphs"] if paragraph["is_supporting"]]
+    """In the order of the hops, as far as the row tells it, then in that of the paragraphs."""
+    found = [paragraph["idx"] for paragraph in row["paragraphs"] if paragraph["is_supporting"]]
+    steps = row.get("question_decomposition")
+    named = [step.get("paragraph_support_idx") for step in steps or () if isinstance(step, dict)]
+    return sorted(found, key=lambda idx: named.index(idx) if idx in named else len(named))
 
 
 def _with_noise(row: Row, noise: float, seed: int) -> Row:
