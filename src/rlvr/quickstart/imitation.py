@@ -18,6 +18,7 @@ IGNORED = -100  # labels that the loss leaves out
 class Course:
     """The model, and how long and how fast it learns."""
 
+    architecture: str = "qwen2"
     hidden_size: int = 64
     layers: int = 2
     heads: int = 2
@@ -32,10 +33,11 @@ class Course:
 
 
 def untaught(course: Course, tokenizer: PreTrainedTokenizerBase, *, length: int, seed: int) -> PreTrainedModel:
-    """A Qwen2 with random weights, for sequences of at most `length` tokens."""
+    """A model with random weights, for sequences of at most `length` tokens."""
     from rlvr.testing.tiny import tiny_model
 
     return tiny_model(
+        course.architecture,
         hidden_size=course.hidden_size,
         layers=course.layers,
         heads=course.heads,

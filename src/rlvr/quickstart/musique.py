@@ -31,7 +31,7 @@ SETTINGS: dict[str, Any] = {
     "num_generations": 8,
     "prompts_per_step": 16,
     "batch_size": 128,
-    "max_steps": 40,
+    "max_steps": 30,
     "max_tokens": 160,
     "max_prompt_length": 32,
     "learning_rate": 3e-3,

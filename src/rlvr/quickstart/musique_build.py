@@ -30,7 +30,8 @@ class Recipe(Course):
     careless: float = 0.7  # share of the demonstrations in which the teacher answers too early, where it can
     demonstrations: int = 4000
     validation: int = 200  # questions of the training split that the teacher does not show
-    vocab_size: int = 1000
+    vocab_size: int = 1500
+    architecture: str = "llama"  # AutoTokenizer gives a Qwen2 the pre-tokenizer of Qwen2, whatever was saved
     hidden_size: int = 128
     heads: int = 4
     initializer_range: float = 0.06
@@ -60,7 +61,7 @@ def build(
     recipe: Recipe = Recipe(),
     report: Callable[[str], None] = print,
 ) -> Path:
-    """Makes a tiny Qwen2 and its tokenizer, warm-starts it and saves both, as `from_pretrained` reads them.
+    """Makes a tiny Llama and its tokenizer, warm-starts it and saves both, as `from_pretrained` reads them.
 
     A folder that holds the model of this seed and recipe already is left as it is.
 
