@@ -172,6 +172,12 @@ def test_tools_and_their_limits(env, tokenizer):
     assert trajectory.state["seen"] == [5]
 
 
+def test_a_retriever_that_cannot_work_stops_the_run_and_is_not_told_to_the_model(tokenizer, tmp_path):
+    env = musique(datasets="sample", sample_size=2, retriever=f"semantic/{tmp_path}", cache_folder=tmp_path)
+    with pytest.raises(EnvironmentDefinitionError, match=r"embedding model .* cannot be loaded"):
+        run(env, tokenizer, env.train_dataset[0], [call("retrieve_documents", query="x")])
+
+
 def test_stopping_without_a_tool_call_and_at_the_last_turn(env, tokenizer):
     row = env.train_dataset[0]
     assert run(env, tokenizer, row, ["I do not know"]).stop_reason is StopReason.NO_TOOL_CALL

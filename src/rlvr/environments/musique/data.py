@@ -116,6 +116,12 @@ def _problem(row: Row) -> str | None:
             return f"{column} is {value!r}"
     if not row["answer"].strip() and row.get("answerable", True):
         return "the answer is empty"
+    aliases = row.get("answer_aliases")
+    if aliases is not None and not (isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases)):
+        return f"answer_aliases is {aliases!r}"
+    steps = row.get("question_decomposition")
+    if steps is not None and not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
+        return f"question_decomposition is {steps!r}"
     paragraphs = row.get("paragraphs")
     if not isinstance(paragraphs, list) or not paragraphs:
         return "there are no paragraphs"
@@ -150,8 +156,7 @@ def _prepared(row: Row) -> Row:
 def _supporting(row: Row) -> list[int]:
     """In the order of the hops, as far as the row tells it, then in that of the paragraphs."""
     found = [paragraph["idx"] for paragraph in row["paragraphs"] if paragraph["is_supporting"]]
-    steps = row.get("question_decomposition")
-    named = [step.get("paragraph_support_idx") for step in steps or () if isinstance(step, dict)]
+    named = [step.get("paragraph_support_idx") for step in row.get("question_decomposition") or ()]
     return sorted(found, key=lambda idx: named.index(idx) if idx in named else len(named))
 
 
