@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -132,8 +132,6 @@ def test_examining_agrees_with_a_token_by_token_calculation(tokenizer, golden):
     batch = as_batch(golden[:4], tokenizer.pad_token_id)
     shown = tuple(part[:2] for part in batch)
     course = Recipe(max_steps=60, check_every=60, batch_size=4, known=2.0, hidden_size=32, learning_rate=1e-2)
-    import random
-
     imitate(model, shown, batch, course, chance=random.Random(0), report=lambda line: None)  # so that two are known
     known, right = [], []
     for rollout in golden[:4]:
@@ -190,7 +188,6 @@ def test_the_model_learns_multi_hop_questions(tmp_path, seed):
     done = subprocess.run(
         [sys.executable, str(script), "--seed", str(seed), "--output-dir", "run"],
         cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
     )

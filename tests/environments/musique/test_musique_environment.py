@@ -88,7 +88,8 @@ def test_weights():
     assert scores(trajectory, **{**only, "exact_match": 2.0})["reward"] == pytest.approx(1.5)
     assert scores(trajectory, **{**only, "citation": 2.0})["reward"] == 0
     rubric = musique_rubric(Weights())
-    assert rubric.weights == [1.0] + [0.0] * 9
+    assert [name for name, weight in zip(rubric.names, rubric.weights, strict=True) if weight] == ["reward"]
+    assert rubric.names[0] == "exact_match"  # what counts as solved
     with pytest.raises(EnvironmentDefinitionError, match="one must be above"):
         Weights(**only)
     with pytest.raises(EnvironmentDefinitionError, match="none may be below 0"):
