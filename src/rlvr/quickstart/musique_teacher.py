@@ -146,7 +146,9 @@ def _common_text(environment: Environment, tokenizer: PreTrainedTokenizerFast) -
     """What stands between the special tokens and the blanks of every chat."""
     renderer = ChatRenderer(tokenizer, tools=environment.tools)
     chat = renderer.prompt_text(environment.messages({"question": _BLANK}))
-    reply = tokenizer.decode(renderer.reply_ids([{"role": "tool", "name": "retrieve_documents", "content": _BLANK}]))
+    reply = str(
+        tokenizer.decode(renderer.reply_ids([{"role": "tool", "name": "retrieve_documents", "content": _BLANK}]))
+    )
     call = complete(_BLANK, []).replace("[]", f"[{_BLANK}]")
     pieces = [search(_BLANK), call, chat, reply.replace(_BLANK, f"[{_BLANK}")]
     for mark in (_BLANK, *SPECIAL_TOKENS):
