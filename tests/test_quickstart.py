@@ -16,8 +16,10 @@ import rlvr
 from rlvr import quickstart
 from rlvr.environments.arithmetic import arithmetic, is_held_out
 from rlvr.errors import ModelError
-from rlvr.quickstart.build import RECORD, WEIGHTS, build
-from rlvr.quickstart.warm_start import IGNORED, Recipe, Scores, examine, imitate, lessons, sum_without_carries
+from rlvr.quickstart.build import build
+from rlvr.quickstart.imitation import IGNORED
+from rlvr.quickstart.saved import RECORD, WEIGHTS
+from rlvr.quickstart.warm_start import Recipe, Scores, examine, imitate, lessons, sum_without_carries
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers.run import resolve_settings
 

@@ -8,6 +8,7 @@ import re
 from importlib.metadata import metadata
 from pathlib import Path
 
+import musique_commands
 import pytest
 from doc_blocks import EXTRAS, OWN_TESTS, PAGES, ROOT, blocks, run_block
 
@@ -66,13 +67,17 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_option_exists(page, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "200")  # no option is broken over two lines
     known = set()
     environments = [["train", row.name] for row in rlvr.list_environments()]
     commands = ("train", "evaluate", "preflight", "backends check", "export", "lineage")
     for command in (*map(str.split, commands), *environments):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
+        known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    for command in (["--help"], ["predict", "--help"]):
+        with pytest.raises(SystemExit):
+            musique_commands.main("hf", command)
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
     other_programs = {
         *("--no-deps", "--constraint", "--no-build-isolation"),

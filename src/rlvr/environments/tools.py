@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
-from rlvr.errors import EnvironmentDefinitionError, InfrastructureError
+from rlvr.errors import EnvironmentDefinitionError, RlvrError
 from rlvr.types import ToolCall
 
 STATE = "state"  # the parameter that is the rollout's, not the model's
@@ -178,7 +178,7 @@ class Toolbox:
         """Runs one call.
 
         Raises:
-            InfrastructureError: the tool raised it.
+            RlvrError: the tool raised it.
         """
         problem = self._refusal(call)
         if problem:
@@ -189,7 +189,7 @@ class Toolbox:
             arguments[STATE] = state
         try:
             return ToolResult(_as_text(await workers.run(function, timeout_s=self.timeout_s, **arguments)))
-        except InfrastructureError:
+        except RlvrError:  # a service that is down, or a tool that cannot work: not for the model to repair
             raise
         except TimeLimitError:
             return ToolResult(f"error: {call.name} took longer than {self.timeout_s:g} seconds", failed=True)

@@ -59,9 +59,6 @@ def prepare(
 ) -> dict[str, Any]:
     """Builds the warm-started model, unless `folder` holds it already, and gives the settings of the run.
 
-    The model is built in a process of its own: this one has not imported transformers yet, so that any backend can
-    still be imported first.
-
     Args:
         folder: as in `settings`.
         seed: as in `settings`.
@@ -71,7 +68,19 @@ def prepare(
         ModelError: the model could not be built.
     """
     values = settings(folder, seed=seed)
-    command = [sys.executable, "-m", "rlvr.quickstart.build", values["model"], "--seed", str(seed)]
+    build_apart("arithmetic", values["model"], seed=seed, report=report)
+    return values
+
+
+def build_apart(task: str, folder: str, *, seed: int, report: Callable[[str], None]) -> None:
+    """Builds a task's warm-started model in a process of its own.
+
+    This one has not imported transformers yet, so that any backend can still be imported first.
+
+    Raises:
+        ModelError: the model could not be built.
+    """
+    command = [sys.executable, "-m", "rlvr.quickstart", folder, "--task", task, "--seed", str(seed)]
     lines: list[str] = []
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -80,6 +89,5 @@ def prepare(
             report(lines[-1])
     if process.returncode:
         raise ModelError(
-            f"the quickstart's model could not be built in {values['model']!r}: {lines[-1] if lines else 'no output'}"
+            f"the quickstart's model could not be built in {folder!r}: {lines[-1] if lines else 'no output'}"
         )
-    return values

@@ -7,35 +7,23 @@ carried and now and then elsewhere.
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rlvr.quickstart.imitation import IGNORED, Course, learn, likelihood
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-IGNORED = -100  # labels that the loss leaves out
-
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Recipe(Course):
     """What the warm start depends on besides the seed."""
 
     forgets: float = 0.6  # share of the demonstrations in which the teacher leaves the carries out
-    hidden_size: int = 64
-    layers: int = 2
-    heads: int = 2
-    rope_theta: float = 100.0  # sequences are 16 tokens long
-    initializer_range: float = 0.05
-    batch_size: int = 64
-    learning_rate: float = 3e-3
-    weight_decay: float = 0.1
-    warmup_steps: int = 50
-    max_steps: int = 1500
-    check_every: int = 50
     known: float = 0.85  # stops once so much probability lies on one of the teacher's two answers
     least_known: float = 0.6  # at max_steps; less means that the model got stuck
     accuracy: tuple[float, float] = (0.28, 0.5)  # greedy, on validation problems: room to improve, and to sample
@@ -133,59 +121,31 @@ def imitate(
     import torch
 
     chance = random.Random(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.95), weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, recipe))
-    for step in range(1, recipe.max_steps + 1):
+
+    def next_batch() -> tuple[torch.Tensor, torch.Tensor]:
         chosen = torch.tensor(chance.choices(range(len(taught)), k=recipe.batch_size))
         forgetful = torch.tensor([[chance.random() < recipe.forgets] for _ in chosen])
         ids, labels = (
             torch.where(forgetful, wrong[chosen], right[chosen])
             for wrong, right in zip(taught.uncarried, taught.carried, strict=True)
         )
-        model(input_ids=ids, labels=labels, use_cache=False).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        if step % recipe.check_every == 0:
-            scores = examine(model, validation)
-            done = scores.within(recipe, recipe.known)
-            if done or step % (2 * recipe.check_every) == 0:
-                report(f"warm start: step {step:4d}  exact match {scores.greedy:.2f}  known {scores.known:.2f}")
-            if done:
-                break
+        return ids, labels
+
+    def good_enough(step: int) -> bool:
+        scores = examine(model, validation)
+        done = scores.within(recipe, recipe.known)
+        if done or step % (2 * recipe.check_every) == 0:
+            report(f"warm start: step {step:4d}  exact match {scores.greedy:.2f}  known {scores.known:.2f}")
+        return done
+
+    learn(model, recipe, next_batch=next_batch, good_enough=good_enough)
     return examine(model, validation)
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """Share of the learning rate: linear warm-up, then half a cosine down to a tenth."""
-    progress = step / recipe.max_steps
-    return min((step + 1) / recipe.warmup_steps, 0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
 def examine(model: PreTrainedModel, validation: Lessons) -> Scores:
     """One forward pass with each of the teacher's answers, without sampling."""
-    import torch
-
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        right, greedy = _answer_probability(model, *validation.carried)
-        wrong, _ = _answer_probability(model, *validation.uncarried)
-    model.train(was_training)
+    right, greedy = likelihood(model, *validation.carried)
+    wrong, _ = likelihood(model, *validation.uncarried)
+    right, wrong = right.sum(-1).exp(), wrong.sum(-1).exp()
     known = right + wrong * validation.differ
-    return Scores(greedy.float().mean().item(), right.mean().item(), known.mean().item())
-
-
-def _answer_probability(
-    model: PreTrainedModel, ids: torch.Tensor, labels: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probability of each labelled answer, and whether greedy decoding gives it; both of shape (N,)."""
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    labels = labels[:, 1:]
-    counts = labels != IGNORED
-    logprobs = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
-    greedy = ((logits.argmax(-1) == labels) | ~counts).all(-1)
-    return (logprobs * counts).sum(-1).exp(), greedy
+    return Scores(greedy.all(-1).float().mean().item(), right.mean().item(), known.mean().item())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_hops(row, hops):
     assert hops_of(published_row(**row)) == hops
 
 
+@pytest.mark.parametrize(
+    ("named", "order"),
+    [((7, 3), [7, 3]), ((3, 7), [3, 7]), ((7, None), [7, 3]), ((99,), [3, 7]), ((), [3, 7]), (None, [3, 7])],
+)
+def test_supporting_documents_are_hop_by_hop(tmp_path, named, order):
+    steps = None if named is None else [{"paragraph_support_idx": idx} for idx in named]
+    (row,) = load_questions(write(tmp_path / "m.jsonl", [published_row(question_decomposition=steps)]))
+    assert row["supporting"] == order
+
+
 @pytest.mark.parametrize(("noise", "kept"), [(0.0, 0), (0.5, 4), (1.0, 8)])
 def test_noise(tmp_path, noise, kept):
     file = write(tmp_path / "m.jsonl", [published_row(), published_row(id="2hop__9")])
@@ -95,6 +106,10 @@ BAD = [
     ({"question": " "}, "question is ' '"),
     ({"answer": None}, "answer is None"),
     ({"answer": ""}, "the answer is empty"),
+    ({"answer_aliases": "Ann"}, "answer_aliases is 'Ann'"),
+    ({"answer_aliases": [7]}, "answer_aliases is [7]"),
+    ({"question_decomposition": 2}, "question_decomposition is 2"),
+    ({"question_decomposition": [None]}, "question_decomposition is [None]"),
     ({"paragraphs": []}, "there are no paragraphs"),
     ({"paragraphs": [{"idx": 0}]}, "a paragraph has no usable title"),
     ({"paragraphs": [{"idx": "0", "title": "a", "paragraph_text": "b", "is_supporting": True}]}, "no usable idx"),
@@ -159,6 +174,20 @@ def test_sample_size_seed_and_hops():
     assert len(sample_questions(1, paragraphs=4, sentences=1)[0]["paragraphs"]) == 4
 
 
+def test_a_sample_of_few_words():
+    rows = [
+        row
+        for seed in (0, 1)
+        for held_out in (False, True)
+        for row in sample_questions(30, seed=seed, hops=(2, 3), paragraphs=6, words=24, held_out=held_out)
+    ]
+    titles = [p["title"] for row in rows for p in row["paragraphs"]]
+    own = {word for title in titles for word in re.sub("The .* of |Port |Republic of ", "", title).split()}
+    assert len(own) == 24
+    for row in rows:
+        assert len({p["title"] for p in row["paragraphs"]}) == 6
+
+
 def test_sample_splits_never_overlap():
     def starts(held_out, seeds):
         return {
@@ -187,3 +216,8 @@ def test_unanswerable_sample():
 def test_samples_that_cannot_be_made(options):
     with pytest.raises(DataError, match="cannot be made"):
         sample_questions(**{"size": 3, **options})
+
+
+def test_words_that_are_too_few_for_the_paragraphs():
+    with pytest.raises(DataError, match=r"names of 79 words are too few for 20 paragraphs.*at least 80"):
+        sample_questions(1, words=79)

@@ -88,7 +88,8 @@ def test_weights():
     assert scores(trajectory, **{**only, "exact_match": 2.0})["reward"] == pytest.approx(1.5)
     assert scores(trajectory, **{**only, "citation": 2.0})["reward"] == 0
     rubric = musique_rubric(Weights())
-    assert rubric.weights == [1.0] + [0.0] * 9
+    assert [name for name, weight in zip(rubric.names, rubric.weights, strict=True) if weight] == ["reward"]
+    assert rubric.names[0] == "exact_match"  # what counts as solved
     with pytest.raises(EnvironmentDefinitionError, match="one must be above"):
         Weights(**only)
     with pytest.raises(EnvironmentDefinitionError, match="none may be below 0"):
@@ -170,6 +171,12 @@ def test_tools_and_their_limits(env, tokenizer):
     ]
     assert trajectory.stop_reason is StopReason.TOOL_FAILURES
     assert trajectory.state["seen"] == [5]
+
+
+def test_a_retriever_that_cannot_work_stops_the_run_and_is_not_told_to_the_model(tokenizer, tmp_path):
+    env = musique(datasets="sample", sample_size=2, retriever=f"semantic/{tmp_path}", cache_folder=tmp_path)
+    with pytest.raises(EnvironmentDefinitionError, match=r"embedding model .* cannot be loaded"):
+        run(env, tokenizer, env.train_dataset[0], [call("retrieve_documents", query="x")])
 
 
 def test_stopping_without_a_tool_call_and_at_the_last_turn(env, tokenizer):

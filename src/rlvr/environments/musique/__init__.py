@@ -17,10 +17,8 @@ from rlvr.types import Example
 DEFAULT_DATASETS = "bdsaglam/musique,answerable,train"
 DEFAULT_EVAL_DATASETS = "bdsaglam/musique,answerable,validation"
 SYSTEM_PROMPT = (
-    "Answer the question from documents that you find with the tools. It takes several steps: search for "
-    "one fact at "
-    "a time, and use what you find in the next search. When you know the answer, call complete with a short "
-    "final "
+    "Answer the question from documents that you find with the tools. It takes several steps: search for one fact at "
+    "a time, and use what you find in the next search. When you know the answer, call complete with a short final "
     "answer and the numbers of the documents that it rests on."
 )
 UNANSWERABLE_PROMPT = f' If the documents do not hold the answer, the final answer is "{UNANSWERABLE}".'
@@ -49,6 +47,7 @@ def musique(
     sample_eval_size: int = 60,
     sample_hops: str = "2,3,4",
     sample_paragraphs: int = 20,
+    sample_words: int | None = None,
     cache_folder: str | Path | None = None,
 ) -> Environment:
     """Makes the environment.
@@ -68,6 +67,7 @@ def musique(
         sample_size: train questions of the sample; `sample_eval_size` those held out.
         sample_hops: numbers of hops of the sample's questions, with commas.
         sample_paragraphs: paragraphs of a question of the sample.
+        sample_words: different words that the sample's names are made of; None: any.
         cache_folder: where embeddings are kept.
 
     Raises:
@@ -83,6 +83,7 @@ def musique(
         "seed": seed,
         "sample_hops": _hops(sample_hops),
         "sample_paragraphs": sample_paragraphs,
+        "sample_words": sample_words,
     }
     train = load_questions(datasets, sample_size=sample_size, fewer_hops_first=fewer_hops_first, **common)
     held_out = None

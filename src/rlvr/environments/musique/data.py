@@ -28,6 +28,7 @@ def load_questions(
     sample_size: int = 200,
     sample_hops: tuple[int, ...] = (2, 3, 4),
     sample_paragraphs: int = 20,
+    sample_words: int | None = None,
 ) -> list[Row]:
     """Questions with their paragraphs, from MuSiQue's own format.
 
@@ -44,10 +45,12 @@ def load_questions(
         sample_size: questions in the sample.
         sample_hops: numbers of hops in the sample.
         sample_paragraphs: paragraphs of a question in the sample.
+        sample_words: different words that the sample's names are made of; None: any.
 
     Returns:
         Rows with `id, question, answer, references, paragraphs, answerable, hops, supporting`; `references`
-        are the answer and its aliases, `supporting` the `idx` of the supporting paragraphs.
+        are the answer and its aliases, `supporting` the `idx` of the supporting paragraphs, hop by hop where the
+        row has MuSiQue's `question_decomposition`.
 
     Raises:
         DataError: a dataset cannot be loaded, or no row of it can be used.
@@ -63,6 +66,7 @@ def load_questions(
                 seed=seed,
                 hops=sample_hops,
                 paragraphs=sample_paragraphs,
+                words=sample_words,
                 held_out=split != "train",
                 unanswerable=0.0 if answerable_only else 0.25,
             )
@@ -112,6 +116,12 @@ def _problem(row: Row) -> str | None:
             return f"{column} is {value!r}"
     if not row["answer"].strip() and row.get("answerable", True):
         return "the answer is empty"
+    aliases = row.get("answer_aliases")
+    if aliases is not None and not (isinstance(aliases, list) and all(isinstance(alias, str) for alias in aliases)):
+        return f"answer_aliases is {aliases!r}"
+    steps = row.get("question_decomposition")
+    if steps is not None and not (isinstance(steps, list) and all(isinstance(step, dict) for step in steps)):
+        return f"question_decomposition is {steps!r}"
     paragraphs = row.get("paragraphs")
     if not isinstance(paragraphs, list) or not paragraphs:
         return "there are no paragraphs"
@@ -144,7 +154,10 @@ def _prepared(row: Row) -> Row:
 
 
 def _supporting(row: Row) -> list[int]:
-    return [paragraph["idx"] for paragraph in row["paragraphs"] if paragraph["is_supporting"]]
+    """In the order of the hops, as far as the row tells it, then in that of the paragraphs."""
+    found = [paragraph["idx"] for paragraph in row["paragraphs"] if paragraph["is_supporting"]]
+    named = [step.get("paragraph_support_idx") for step in row.get("question_decomposition") or ()]
+    return sorted(found, key=lambda idx: named.index(idx) if idx in named else len(named))
 
 
 def _with_noise(row: Row, noise: float, seed: int) -> Row:

@@ -27,6 +27,7 @@ def rlvr_environment(
     sample_eval_size: int = 60,
     sample_hops: str = "2,3,4",
     sample_paragraphs: int = 20,
+    sample_words: int | None = None,
 ) -> Environment:
     """Multi-hop questions, answered with search tools (MuSiQue).
 
@@ -51,6 +52,7 @@ def rlvr_environment(
         sample_eval_size: questions of the sample held out.
         sample_hops: numbers of hops in the sample, with commas.
         sample_paragraphs: paragraphs of a question in the sample.
+        sample_words: different words that the sample's names are made of; by default any.
     """
     from rlvr.environments.musique import musique
     from rlvr.environments.musique.rewards import Weights
@@ -77,4 +79,5 @@ def rlvr_environment(
         sample_eval_size=sample_eval_size,
         sample_hops=sample_hops,
         sample_paragraphs=sample_paragraphs,
+        sample_words=sample_words,
     )

@@ -115,16 +115,9 @@ def musique_rubric(weights: Weights) -> Rubric:
         mean = sum(weight * score for weight, score in applicable) / total if total else 0.0
         return trajectory.example["hops"] / 2 * mean
 
-    metrics = (
-        exact_match,
-        f1,
-        support_f1,
-        retrieval_recall,
-        retrieval_precision,
-        citation_precision,
-        citation_recall,
-    )
+    metrics = (f1, support_f1, retrieval_recall, retrieval_precision, citation_precision, citation_recall)
     return Rubric(
+        (exact_match, 0.0),  # first: what counts as solved, for pass@1
         reward,
         *((metric, 0.0) for metric in metrics),
         WeightedReward(format_reward, 0.0, name="format"),

@@ -6,11 +6,13 @@ import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from rlvr.errors import DataError
 
 HELD_OUT = 5  # one first entity in so many is in the held-out split
+WORDS_OF_A_PARAGRAPH = 4  # at most: two people have two each
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def sample_questions(
     hops: Sequence[int] = (2, 3, 4),
     paragraphs: int = 20,
     sentences: int = 3,
+    words: int | None = None,
     held_out: bool = False,
     unanswerable: float = 0.0,
 ) -> list[dict[str, Any]]:
@@ -73,6 +76,8 @@ def sample_questions(
         hops: how many hops; questions take turns.
         paragraphs: paragraphs of a question, at least as many as hops.
         sentences: sentences of a paragraph, the fact included.
+        words: names are made of so many different words, at least 4 for each paragraph; None: of any. Few words
+            make a set that a tiny model can learn to read.
         held_out: makes questions of the held-out split.
         unanswerable: share of the questions whose last supporting paragraph is missing.
 
@@ -81,16 +86,19 @@ def sample_questions(
     """
     if size < 1 or not hops or min(hops) < 1 or max(hops) > 6 or paragraphs < max(hops) or sentences < 1:
         raise DataError(
-            f"a sample of {size} questions with {', '.join(map(str, hops)) or 'no'} hops, {paragraphs} "
-            "paragraphs and "
-            f"{sentences} sentences cannot be made; at least 1 question, 1 to 6 hops, as many paragraphs as "
-            "hops, "
-            "and 1 sentence are needed."
+            f"a sample of {size} questions with {', '.join(map(str, hops)) or 'no'} hops, {paragraphs} paragraphs and "
+            f"{sentences} sentences cannot be made; at least 1 question, 1 to 6 hops, as many paragraphs as hops, and "
+            "1 sentence are needed."
+        )
+    if words is not None and words < WORDS_OF_A_PARAGRAPH * paragraphs:
+        raise DataError(
+            f"names of {words} words are too few for {paragraphs} paragraphs a question; at least "
+            f"{WORDS_OF_A_PARAGRAPH * paragraphs} are needed, or fewer paragraphs."
         )
     rng = random.Random(f"{seed} {held_out}")
     rows = []
     for number in range(size):
-        row = _Question(rng, hops[number % len(hops)], sentences, held_out).row(paragraphs)
+        row = _Question(rng, hops[number % len(hops)], sentences, words, held_out).row(paragraphs)
         row["id"] = f"{hops[number % len(hops)]}hop__sample_{seed}_{'eval' if held_out else 'train'}_{number}"
         if rng.random() < unanswerable:
             missing = row["question_decomposition"][-1]["paragraph_support_idx"]
@@ -103,13 +111,16 @@ def sample_questions(
 class _Question:
     """One question and the little world around it."""
 
-    def __init__(self, rng: random.Random, hops: int, sentences: int, held_out: bool):
+    def __init__(self, rng: random.Random, hops: int, sentences: int, words: int | None, held_out: bool):
         self.rng, self.sentences = rng, sentences
+        self.vocabulary = _vocabulary(words) if words is not None else None
         self.names: set[str] = set()
         self.words: set[str] = set()
         self.relations = self._chain(hops)
         start = self._name(self.relations[0].source)
         while _is_held_out(start) != held_out:
+            self.names.clear()
+            self.words.clear()
             start = self._name(self.relations[0].source)
         self.entities = [start, *(self._name(relation.target) for relation in self.relations)]
 
@@ -193,10 +204,24 @@ class _Question:
 
     def _word(self) -> str:
         while True:
-            word = "".join(self.rng.choice(_SYLLABLES) for _ in range(self.rng.choice((2, 3)))).capitalize()
+            word = self.rng.choice(self.vocabulary) if self.vocabulary else _new_word(self.rng)
             if word not in self.words:
                 self.words.add(word)
                 return word
+
+
+def _new_word(rng: random.Random) -> str:
+    return "".join(rng.choice(_SYLLABLES) for _ in range(rng.choice((2, 3)))).capitalize()
+
+
+@cache
+def _vocabulary(size: int) -> tuple[str, ...]:
+    """The same for every seed, so that a model knows the words of questions that it has not seen."""
+    rng = random.Random("words")
+    found: dict[str, None] = {}
+    while len(found) < size:
+        found[_new_word(rng)] = None
+    return tuple(found)
 
 
 def _aliases(answer: str, kind: str) -> list[str]:
