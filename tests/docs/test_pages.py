@@ -24,33 +24,28 @@ def with_unsloth(page):
     return any("unsloth" in block.info for block in blocks(page))
 
 
+def run_blocks(page, model_folder, *, unsloth):
+    """A text block right after a Python block is what that prints, but in the README, whose run is not cut short."""
+    namespace = {}
+    for block, following in itertools.pairwise([*blocks(page), None]):
+        if ("unsloth" in block.info) != unsloth:
+            continue
+        printed = run_block(block, namespace, model_folder)
+        is_output = following is not None and following.language == "text"
+        if block.language == "python" and is_output and page.stem != "README":
+            assert printed == following.text
+
+
 @pytest.mark.both
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, workplace, short_runs, model_folder):
-    namespace = {}
-    for block in blocks(page):
-        if "unsloth" not in block.info:
-            run_block(block, namespace, model_folder)
+    run_blocks(page, model_folder, unsloth=False)
 
 
 @pytest.mark.unsloth
 @pytest.mark.parametrize("page", [page for page in PAGES if with_unsloth(page)], ids=lambda page: page.stem)
 def test_the_code_for_unsloth_runs(page, workplace, short_runs, model_folder):
-    namespace = {}
-    for block in blocks(page):
-        if "unsloth" in block.info:
-            run_block(block, namespace, model_folder)
-
-
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
-def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
-    """A text block right after a Python block is what that prints."""
-    namespace = {}
-    for block, following in itertools.pairwise([*blocks(page), None]):
-        if block.language == "python" and "unsloth" not in block.info:
-            printed = run_block(block, namespace, model_folder)
-            if following is not None and following.language == "text":
-                assert printed == following.text
+    run_blocks(page, model_folder, unsloth=True)
 
 
 def test_the_example_of_the_readme_prints_what_it_says(workplace):
