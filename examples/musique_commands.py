@@ -114,7 +114,7 @@ def prediction(trajectory: Trajectory) -> Mapping[str, Any]:
 
 
 def _predict_command(line: Sequence[str]) -> None:
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     app.command(cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
         with_parameters(predict, settings_parameters(EVALUATION_SETTINGS))
     )

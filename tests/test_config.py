@@ -137,11 +137,12 @@ def test_environment_options_are_merged_one_by_one_for_the_same_environment_only
 @pytest.mark.parametrize(
     ("changed", "sizes"),
     [
+        # 8 prompts × 8 completions; 2 groups of 2,048 + 8 × 1,024 tokens are fewer than 8 rows of 3,072
         ({"batch_size": 4}, (4, 16, 8)),
-        ({"prompts_per_step": 2}, (8, 2, 2)),
-        ({"gradient_accumulation_steps": 2}, (8, 2, 2)),
-        ({"num_generations": 4}, (8, 4, 8)),
-        ({"seed": 1}, (8, 8, 8)),
+        ({"prompts_per_step": 2}, (16, 1, 2)),
+        ({"gradient_accumulation_steps": 2}, (16, 2, 4)),
+        ({"num_generations": 4}, (16, 2, 8)),
+        ({"seed": 1}, (16, 4, 8)),
     ],
 )
 def test_one_size_of_a_resolved_configuration_can_be_changed(changed, sizes):

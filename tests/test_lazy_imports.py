@@ -52,3 +52,16 @@ def test_the_package_itself_loads_the_standard_library_only():
         "print(json.dumps(sorted(names - set(sys.stdlib_module_names) - {'rlvr'})))"
     )
     assert json.loads(run(code)) == []
+
+
+def test_environments_whose_extra_is_missing_are_listed_with_it():
+    packages = {"verifiers": "verifiers", "reasoning-gym": "reasoning_gym", "math": "math_verify"}
+    code = (
+        "import json, sys, rlvr\n"
+        f"sys.modules.update(dict.fromkeys({list(packages.values())}))\n"
+        "print(json.dumps({row.name: row.reason for row in rlvr.list_environments()}))"
+    )
+    reasons = json.loads(run(code))
+    assert {name for name in reasons if reasons[name] is not None} == set(packages)
+    for name in packages:
+        assert reasons[name].endswith(f'Install it with: pip install "rlvr[{name}]"')

@@ -27,12 +27,15 @@ _PUBLIC = {  # name → module that defines it
     "Turn": "rlvr.types",
     "WeightedReward": "rlvr.rewards.rubric",
     "evaluate": "rlvr.trainers.evaluate",
+    "export": "rlvr.exporting.export",
     "hookimpl": "rlvr.plugins.hookspecs",
+    "lineage": "rlvr.tracking.lineage",
     "list_backends": "rlvr.plugins.manager",
     "list_environments": "rlvr.plugins.manager",
     "load_backend": "rlvr.plugins.manager",
     "load_environment": "rlvr.plugins.manager",
     "load_policy": "rlvr.backends",
+    "preflight": "rlvr.trainers.preflight",
     "train": "rlvr.trainers.run",
 }
 
@@ -59,6 +62,7 @@ if TYPE_CHECKING:
     from rlvr.backends.protocol import ModelSettings as ModelSettings
     from rlvr.environments.base import Environment as Environment
     from rlvr.errors import RlvrError as RlvrError
+    from rlvr.exporting.export import export as export
     from rlvr.plugins.hookspecs import hookimpl as hookimpl
     from rlvr.plugins.manager import list_backends as list_backends
     from rlvr.plugins.manager import list_environments as list_environments
@@ -66,7 +70,9 @@ if TYPE_CHECKING:
     from rlvr.plugins.manager import load_environment as load_environment
     from rlvr.rewards.rubric import Rubric as Rubric
     from rlvr.rewards.rubric import WeightedReward as WeightedReward
+    from rlvr.tracking.lineage import lineage as lineage
     from rlvr.trainers.evaluate import evaluate as evaluate
+    from rlvr.trainers.preflight import preflight as preflight
     from rlvr.trainers.run import train as train
     from rlvr.types import Message as Message
     from rlvr.types import StopReason as StopReason

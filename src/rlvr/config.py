@@ -31,12 +31,14 @@ SCHEDULERS = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
+TOOL_CALL_PARSERS = ("hermes", "llama3_json", "mistral")
 TRACKERS = ("wandb", "tensorboard", "mlflow", "comet_ml", "trackio", "swanlab")
 EVALUATION_SETTINGS = (  # those of `TrainSettings` that `evaluate` takes too
     *("model", "backend", "revision", "trust_remote_code", "max_prompt_length", "max_tokens"),
-    *("top_p", "top_k", "min_p", "repetition_penalty", "rollout_engine"),
+    *("top_p", "top_k", "min_p", "repetition_penalty", "rollout_engine", "tool_call_parser"),
     *("dtype", "bf16", "fp16", "load_in_4bit", "load_in_8bit", "attention", "seed"),
 )
+PREFLIGHT_SETTINGS = (*EVALUATION_SETTINGS, "temperature", "num_generations", "prompts_per_step")
 
 
 def option(
@@ -93,6 +95,12 @@ class TrainSettings:
     repetition_penalty: float = option(1.0, "above 1 makes repeated tokens less likely", ROLLOUTS, above=0)
     rollout_engine: str = option(
         "auto", "what generates tokens", ROLLOUTS, choices=("auto", "generate", "grouped", "vllm")
+    )
+    tool_call_parser: str | None = option(
+        None,
+        f"format of tool calls: {', '.join(TOOL_CALL_PARSERS)}, or my_module:my_parser; by default found from the "
+        "chat template",
+        ROLLOUTS,
     )
     canary_every: int = option(
         0, "steps between checks that sampler and policy agree; 0: once at the start", ROLLOUTS, least=0
@@ -210,6 +218,10 @@ class TrainSettings:
         if self.report_to not in ("auto", "none") and not set(trackers) <= set(TRACKERS):
             allowed = f"auto, none, or of these, with commas between: {', '.join(TRACKERS)}"
             problems.append(f"report_to is {self.report_to!r}; allowed: {allowed}.")
+        parser = self.tool_call_parser
+        if parser is not None and ":" not in parser and parser not in TOOL_CALL_PARSERS:
+            allowed = f"{', '.join(TOOL_CALL_PARSERS)}, or my_module:my_parser of your own"
+            problems.append(f"tool_call_parser is {parser!r}; allowed: {allowed}.{closest(parser, TOOL_CALL_PARSERS)}")
         plan = self._batch_plan()
         if isinstance(plan, str):
             problems.append(plan)

@@ -15,10 +15,12 @@
     ├── DataError (ValueError)                 a dataset or a column that cannot be used
     ├── EnvironmentDefinitionError (ValueError)  an environment or a tool that is not well formed
     ├── InfrastructureError (RuntimeError)     a service failed: that rollout is excluded from training and counted
+    ├── EndpointError (RuntimeError)           a model's API refused a request, or does not answer any more
     ├── RewardError (RuntimeError)             a reward function failed; the run is saved first
     ├── FrozenTrainingError (RuntimeError)     an optimizer step changed no trained parameter
     ├── SamplerDriftError (RuntimeError)       rollout and training disagree on log-probabilities
     ├── TrainingProcessError (RuntimeError)    the child process of an isolated run crashed
+    ├── ExportError (RuntimeError)             an export that cannot be made, or is not what was trained
     └── RunFolderError (OSError)               an output folder that cannot be used
 
 A message says what happened, the value received, what is allowed, and the fix. The command line prints it without a
@@ -98,6 +100,10 @@ class InfrastructureError(RlvrError, RuntimeError):
     """Raised by a tool or by `Environment.respond`: something outside failed, and the model is not to blame."""
 
 
+class EndpointError(RlvrError, RuntimeError):
+    """The API of a model refused a request in a way that trying again cannot mend, or no longer answers."""
+
+
 class RewardError(RlvrError, RuntimeError):
     """A reward function raised, or returned something that is no reward."""
 
@@ -112,6 +118,10 @@ class SamplerDriftError(RlvrError, RuntimeError):
 
 class TrainingProcessError(RlvrError, RuntimeError):
     """The child process of `rlvr.train(..., isolate=True)` crashed or was killed."""
+
+
+class ExportError(RlvrError, RuntimeError):
+    """An export that cannot be written or loaded back, or that is not the policy that was trained."""
 
 
 class RunFolderError(RlvrError, OSError):

@@ -74,6 +74,7 @@ class Trajectory:
     turns: tuple[Turn, ...] = ()
     stop_reason: StopReason | None = None
     state: MutableMapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None  # what failed, where `stop_reason` is infrastructure
 
     @property
     def completion(self) -> list[Message]:

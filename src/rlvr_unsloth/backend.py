@@ -51,6 +51,7 @@ ALPHA_MULTIPLIER = 2  # Unsloth recommends an alpha of twice the rank
 MAX_LORA_RANK = 64  # vLLM reserves room for adapters of this rank when the model is loaded
 
 _SAVE_METHODS: dict[str, str] = {"adapter": "lora", "merged-16bit": "merged_16bit"}
+_OTHER_FORMATS = "merged-4bit and gguf are not part of this backend: quantize or convert a merged-16bit model."
 
 
 class UnslothBackend:
@@ -253,6 +254,7 @@ def _cpu_capabilities() -> Capabilities:
         notes=(
             "Unsloth found no GPU: 4bit, 8bit and fast_inference need one.",
             "Unsloth on a CPU replaces float16 by another dtype; use bfloat16 or float32.",
+            _OTHER_FORMATS,
         ),
     )
 
@@ -261,7 +263,7 @@ def _gpu_capabilities() -> Capabilities:
     has_bitsandbytes = find_spec("bitsandbytes") is not None
     has_vllm_package = find_spec("vllm") is not None and torch.cuda.get_device_capability()[0] >= 7
     has_bfloat16 = unsloth.is_bfloat16_supported()
-    notes = ["Unsloth chooses the attention implementation itself."]
+    notes = ["Unsloth chooses the attention implementation itself.", _OTHER_FORMATS]
     if not has_bitsandbytes:
         notes.append('4bit and 8bit need bitsandbytes: pip install "rlvr[quantization]".')
     if not has_vllm_package:

@@ -9,6 +9,8 @@ import pytest
 ONE_STEP = "--max-prompt-length 64 --max-tokens 8 --max-steps 1 --eval-samples 0"  # should one not be refused
 TRAIN = f"train arithmetic -m {{model}} {ONE_STEP}"
 BROKEN = f"train arithmetic -m ./broken {ONE_STEP}"
+URL = "http://127.0.0.1:9/v1"  # the port of the discard service: nobody listens
+API = "evaluate arithmetic -m {model} --api-base-url"
 DATASET = f"train dataset -m {{model}} {ONE_STEP} --datasets"
 
 
@@ -59,6 +61,26 @@ def finished_run(model):
     file("outputs/done/config.yaml", "env: arithmetic\n")(model)
     file("outputs/done/summary.json", "{}")(model)
     file("outputs/done/checkpoints/checkpoint-5/trainer_state.json", "{}")(model)
+
+
+def trained_run(**policy):
+    """A run as far as an export looks at it before it loads anything."""
+
+    def make(model):
+        settings = {"model": str(model), **policy}
+        kind = "model/config.json" if policy.get("full_finetuning") else "adapter/adapter_config.json"
+        file("run/config.yaml", "env: arithmetic\nbackend: hf\n")(model)
+        file("run/policy.json", json.dumps({"model": settings, "lora": None}))(model)
+        file("run/summary.json", '{"steps": 5}')(model)
+        file(f"run/{kind}", "{}")(model)
+        file("run/checkpoints/checkpoint-5/trainer_state.json", "{}")(model)
+
+    return make
+
+
+def changed_run(model):
+    trained_run()(model)
+    file("run/adapter/lineage.json", '{"adapter": "0", "files": {"adapter_config.json": "1"}}')(model)
 
 
 def other_files(model):
@@ -133,6 +155,20 @@ CASES = [
     ("loss-type", f"{TRAIN} --loss-type gspo", PLAIN, ["loss_type is 'gspo'", "dr_grpo"]),
     ("scale-rewards", f"{TRAIN} --scale-rewards yes", PLAIN, ["scale_rewards is 'yes'", "group, batch, none"]),
     ("rollout-engine", f"{TRAIN} --rollout-engine vlm", PLAIN, ["rollout_engine is 'vlm'", "Did you mean 'vllm'?"]),
+    (
+        "parser",
+        f"{TRAIN} --tool-call-parser hermez --bf16 --fp16",
+        PLAIN,
+        ["2 settings", "tool_call_parser is 'hermez'", "llama3_json", "my_module:my_parser", "Did you mean 'hermes'?"],
+    ),
+    ("no-parser", f"{TRAIN} --tool-call-parser=", PLAIN, ["tool_call_parser is ''", "hermes"]),
+    ("parser-without-tools", f"{TRAIN} --tool-call-parser hermes", PLAIN, ["has no tools", "Leave it out"]),
+    (
+        "parser-module",
+        f"train musique --datasets sample -m {{model}} {ONE_STEP} --tool-call-parser nowhere:parser",
+        PLAIN,
+        ["tool-call parser 'nowhere:parser' cannot be loaded", "No module named 'nowhere'"],
+    ),
     ("tracker", f"{TRAIN} --report-to wandbb", PLAIN, ["report_to is 'wandbb'", "wandb"]),
     # contradictions
     ("bf16-and-fp16", f"{TRAIN} --bf16 --fp16", PLAIN, ["bf16 and fp16 are both on"]),
@@ -227,6 +263,12 @@ CASES = [
         PLAIN,
         ["temperature is -1.0", "0 is greedy"],
     ),
+    (
+        "evaluate-parser",
+        "evaluate musique --datasets sample -m {model} --tool-call-parser nowhere.py:parser",
+        PLAIN,
+        ["tool-call parser 'nowhere.py:parser' cannot be loaded", "nowhere.py"],
+    ),
     ("evaluate-no-adapter", "evaluate arithmetic -m {model} --adapter mine", other_files, ["no adapter in 'mine'"]),
     (
         "evaluate-over-a-file",
@@ -240,18 +282,123 @@ CASES = [
         PLAIN,
         ["there is no folder 'nowhere' for --output"],
     ),
+    (
+        "evaluate-beside-settings",
+        "evaluate arithmetic -m {model} --output a.jsonl",
+        file("a.jsonl.settings.json", "{}"),
+        ["'a.jsonl.settings.json' exists", "--resume"],
+    ),
+    ("evaluate-resume-nothing", "evaluate arithmetic -m {model} --resume", PLAIN, ["resume was given without output"]),
+    (
+        "evaluate-resume-another",
+        "evaluate arithmetic -m {model} --resume --output a.jsonl --samples 2 --limit 3",
+        file("a.jsonl.settings.json", '{"samples": 1, "temperature": 1.0}'),
+        ["made with other settings", "samples was 1 and is 2", "another --output"],
+    ),
+    (
+        "evaluate-resume-without-settings",
+        "evaluate arithmetic -m {model} --resume --output a.jsonl --limit 3",
+        file("a.jsonl", "{}\n"),
+        ["cannot go on with 'a.jsonl'", "a.jsonl.settings.json"],
+    ),
+    ("evaluate-no-batch", "evaluate arithmetic -m {model} --batch-size 0", PLAIN, ["batch_size is 0", "at least 1"]),
+    # a model behind an API
+    ("api-no-model", f"evaluate arithmetic --api-base-url {URL}", PLAIN, ["no model was given"]),
+    ("api-no-address", f"{API} localhost:8000/v1", PLAIN, ["'localhost:8000/v1'", "http://localhost:8000/v1"]),
+    ("api-whole-address", f"{API} {URL}/chat/completions", PLAIN, ["leave /chat/completions out"]),
+    ("api-password", f"{API} http://me:hidden@host/v1", PLAIN, ["holds a name, a password", "--api-key-env"]),
+    ("api-no-key", f"{API} {URL} --api-key-env NOT_SET_AT_ALL", PLAIN, ["NOT_SET_AT_ALL", "not set or empty"]),
+    (
+        "api-and-local",
+        f"{API} {URL} --backend hf --adapter mine --batch-size 2 --load-in-4bit",
+        PLAIN,
+        [f"{name} was given with api_base_url" for name in ("backend", "adapter", "batch_size", "load_in_4bit")],
+    ),
+    (
+        "api-values",
+        f"{API} {URL} --api-retries -1 --api-timeout 0 --concurrency 0",
+        PLAIN,
+        ["api_retries is -1", "api_timeout_s is 0.0", "concurrency is 0"],
+    ),
+    (
+        "api-options-alone",
+        "evaluate arithmetic -m {model} --concurrency 4 --api-retries 2",
+        PLAIN,
+        ["concurrency was given without api_base_url", "api_retries was given without api_base_url"],
+    ),
+    ("api-nobody-there", f"{API} {URL} --limit 2 --api-retries 0", PLAIN, ["all 2 attempts failed", f"{URL}/chat"]),
+    # preflight
+    ("preflight-no-model", "preflight arithmetic", PLAIN, ["no model was given"]),
+    ("preflight-no-prompts", "preflight arithmetic -m {model} --prompts 0", PLAIN, ["prompts is 0", "at least 1"]),
+    ("preflight-no-group", "preflight arithmetic -m {model} --num-generations 1", PLAIN, ["num_generations is 1"]),
+    ("preflight-cold", "preflight arithmetic -m {model} --temperature 0", PLAIN, ["temperature is 0.0", "above 0"]),
+    ("preflight-steps", "preflight arithmetic -m {model} --max-steps 3", PLAIN, ["unknown option --max-steps"]),
+    ("preflight-vllm", "preflight arithmetic -m {model} --rollout-engine vllm", PLAIN, ["'vllm', which trains only"]),
+    # export and lineage
+    ("export-no-run", "export nowhere", PLAIN, ["no run in 'nowhere'", "config.yaml"]),
+    (
+        "export-unfinished",
+        "export run",
+        file("run/config.yaml", "env: arithmetic\n"),
+        ["the run in 'run' has not finished", "--checkpoint", "it has: none"],
+    ),
+    (
+        "export-format",
+        "export run --format onnx",
+        trained_run(),
+        ["format is 'onnx'", "adapter, merged-16bit, merged-4bit, gguf"],
+    ),
+    (
+        "export-over-something",
+        "export run --output run/adapter",
+        trained_run(),
+        ["'run/adapter' exists, and nothing is written over", "--output"],
+    ),
+    ("export-into-a-file", "export run --output run/config.yaml/x", trained_run(), ["cannot be made", "--output"]),
+    ("export-checkpoint", "export run --checkpoint 7", trained_run(), ["no checkpoint 7", "it has: 5"]),
+    ("export-checkpoint-word", "export run --checkpoint newest", trained_run(), ["checkpoint is 'newest'", "'last'"]),
+    (
+        "export-adapter-of-all-weights",
+        "export run",
+        trained_run(full_finetuning=True),
+        ["trained every weight and has no adapter", "merged-16bit"],
+    ),
+    ("export-changed", "export run", changed_run, ["no longer those that the run saved: adapter_config.json"]),
+    (
+        "export-4bit",
+        "export run --format merged-4bit",
+        trained_run(),
+        ["backend 'hf' cannot export 'merged-4bit' here", "adapter, merged-16bit", "as it is loaded"],
+    ),
+    (
+        "export-gguf-without-converter",
+        "export run --format gguf",
+        trained_run(),
+        ["backend 'hf' cannot export 'gguf' here", "RLVR_LLAMA_CPP", "convert_hf_to_gguf.py"],
+    ),
+    ("export-push-without-token", "export run --push-to-hub me/it", trained_run(), ["no Hugging Face token"]),
+    (
+        "export-push-nowhere",
+        "export run --push-to-hub a/b/c",
+        trained_run(),
+        ["push_to_hub is 'a/b/c'", "me/my-model"],
+    ),
+    ("lineage-no-run", "lineage nowhere", PLAIN, ["no run in 'nowhere'", "config.yaml"]),
 ]
 
 
 @pytest.mark.parametrize(("line", "prepare", "says"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
 def test_one_message_and_nothing_written(command, model_folder, monkeypatch, tmp_path, line, prepare, says):
     monkeypatch.setenv("HF_TOKEN_PATH", str(tmp_path / "no-token"))
+    monkeypatch.delenv("RLVR_LLAMA_CPP", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     if prepare is not None:
         prepare(model_folder)
     before = snapshot(tmp_path)
     outcome = command(*(word.format(model=model_folder) for word in line.split()))
     assert outcome.code == 2, outcome
     assert "Traceback" not in outcome.err + outcome.out
+    assert "hidden" not in outcome.err
     for words in says:
         assert words in outcome.err, outcome.err
     assert outcome.err.count("rlvr: ") <= 1

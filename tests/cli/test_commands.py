@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from chat_server import ChatServer, completion
+from typer.main import get_command
 
+import rlvr
+from rlvr.cli import build_app
+from rlvr.cli.environments import described_arguments
+from rlvr.cli.options import environment_flag
+from rlvr.plugins.manager import environment_options
 from rlvr.tracking.run_folder import RunFolder
 
 pytestmark = pytest.mark.both
@@ -24,8 +31,11 @@ HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "vllm", "unsloth", 
         ["--version"],
         ["train", "--help"],
         ["evaluate", "--help"],
+        ["preflight", "--help"],
         ["train", "arithmetic", "--help"],
         ["backends"],
+        ["export", "--help"],
+        ["lineage", "--help"],
         ["backends", "--json"],
         ["environments"],
         ["environments", "arithmetic"],
@@ -65,8 +75,36 @@ def test_listings(command):
     assert {"name", "distribution", "version", "available", "reason"} == set(backends[0])
     assert "hf" in [row["name"] for row in backends]
     assert "arithmetic" in command("environments").out
-    options = json.loads(command("environments", "arithmetic", "--json").out)
-    assert {"option": "--levels", "type": "str", "default": "1,2,3", "required": False} in options
+    options = json.loads(command("environments", "countdown", "--json").out)
+    assert options[0] == {
+        "option": "--numbers",
+        "type": "int",
+        "default": 3,
+        "required": False,
+        "meaning": "how many numbers a puzzle has, 2 to 6.",
+    }
+    assert "how many numbers a puzzle has" in command("train", "countdown", "--help").out
+
+
+def test_every_option_of_an_environment_is_described(command):
+    for row in rlvr.list_environments():
+        for option in json.loads(command("environments", row.name, "--json").out):
+            assert option["meaning"], (row.name, option["option"])
+
+
+@pytest.mark.parametrize(
+    ("docstring", "meanings"),
+    [
+        ("", {}),
+        ("It does.\n\nReturns:\n    a: b", {}),
+        (
+            "It does.\n\nArgs:\n    a: one,\n        continued: here.\n    b_2: two\n\nReturns:\n    c: three",
+            {"a": "one, continued: here.", "b_2": "two"},
+        ),
+    ],
+)
+def test_arguments_are_read_from_a_docstring(docstring, meanings):
+    assert described_arguments(docstring) == meanings
 
 
 def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_path):
@@ -105,6 +143,17 @@ def test_flags_become_settings(command, flags, expected):
     assert {name: config[name] for name in expected} == expected
 
 
+@pytest.mark.parametrize("name", ["train", "evaluate", "compare"])
+def test_no_option_of_an_environment_hides_behind_one_of_the_command(command, name):
+    """`--config` of reasoning-gym would be taken for the command's own file."""
+    own = {flag for option in get_command(build_app(name)).commands[name].params for flag in option.opts}
+    for row in rlvr.list_environments():
+        options = environment_options(row.name)
+        assert not own & {environment_flag(option) for option in options}, row.name
+    written = ["train", "reasoning-gym:countdown", "-m", "m", "--env-config", '{"min_numbers": 3}', "--dry-run"]
+    assert yaml.safe_load(command(*written).out)["env_options"] == {"config": '{"min_numbers": 3}'}
+
+
 def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_folder):
     first = command("train", "arithmetic", "-m", model_folder, *SHORT.split(), "--max-steps", 2, "--output-dir", "run")
     assert first.code == 0, first.err
@@ -135,7 +184,73 @@ def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_fol
     assert (found["examples"], found["samples"]) == (3, 2)
     assert {"pass@1", "pass@2", "exact_match", "reward"} <= found["metrics"].keys()
     assert list(found["groups"]) == ["level=1"]
+    assert found["intervals"].keys() == found["metrics"].keys()
     assert len(Path("attempts.jsonl").read_text().splitlines()) == 6
+
+
+def sums(body):
+    """Adds; every fifth problem wrongly."""
+    numbers = [int(number) for number in body["messages"][-1]["content"].strip("=").split("+")]
+    return completion(str(sum(numbers) + (sum(numbers) % 5 == 0)), completion_tokens=3)
+
+
+def test_a_model_behind_an_api_is_evaluated_and_resumed(command, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("SERVER_KEY", "sk-secret\n")
+    line = ("evaluate", "arithmetic", "--levels", 1, "-m", "served", "--limit", 20, "--samples", 2)
+    with ChatServer(sums) as server:
+        line = (*line, "--api-base-url", server.url, "--api-key-env", "SERVER_KEY", "--output", "a.jsonl")
+        shown = command(*line, "--concurrency", 4)
+        assert shown.code == 0, shown.err
+        assert len(server.requests) == 40
+        assert 1 <= server.most <= 4
+        assert server.requests[0][1]["Authorization"] == "Bearer sk-secret"
+        rows = Path("a.jsonl").read_text().splitlines(keepends=True)
+        Path("a.jsonl").write_text("".join(rows[:31]) + rows[31][:50])
+        resumed = command(*line, "--resume", "--json", "--concurrency", 2, "--api-retries", 1, "--api-timeout", 60)
+        assert resumed.code == 0, resumed.err
+        assert len(server.requests) == 49
+    found = json.loads(resumed.out)
+    solved = [json.loads(row)["passed"] for row in rows]
+    assert found["metrics"]["pass@1"] == pytest.approx(sum(solved) / 40)
+    low, high = found["intervals"]["pass@1"]
+    assert f"{found['metrics']['pass@1']:.3f} [{low:.3f}, {high:.3f}]" in shown.out
+    assert "20 examples × 2 attempts · 120 tokens" in shown.out
+    assert len(Path("a.jsonl").read_text().splitlines()) == 40
+    written = [path.read_text() for path in Path().iterdir()]
+    assert not any("sk-secret" in text for text in (*written, shown.out, shown.err, resumed.out, resumed.err))
+
+
+def test_a_refusal_of_the_api_is_one_message(command, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    with ChatServer(lambda body: (401, {"error": {"message": "bad key sk-secret"}})) as server:
+        outcome = command("evaluate", "arithmetic", "-m", "served", "--api-base-url", server.url, "--limit", 2)
+    assert outcome.code == 2
+    assert "refused a request with status 401: bad key ***" in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "sk-secret" not in outcome.err
+
+
+def test_preflight_says_what_it_found_and_exits_by_it(command, model_folder):
+    line = ("preflight", "arithmetic", "--levels", 1, "-m", model_folder, "--max-tokens", 4, "--max-prompt-length", 64)
+    hopeless = command(*line, "--prompts", 3, "--num-generations", 4)
+    assert hopeless.code == 1
+    assert "Traceback" not in hopeless.err
+    assert "problem  groups" in hopeless.out
+    found = json.loads(command(*line, "--prompts", 2, "--num-generations", 2, "--json").out)
+    assert found["numbers"]["completions"] == 4
+    assert {finding["level"] for finding in found["findings"]} <= {"ok", "warning", "problem"}
+
+
+def test_preflight_exits_with_0_where_there_are_warnings_only(command, monkeypatch):
+    from rlvr.trainers.preflight import Finding, Preflight
+
+    found = Preflight(findings=[Finding("warning", "difficulty", "too easy")], numbers={})
+    monkeypatch.setattr("rlvr.trainers.preflight.preflight", lambda *args, **options: found)
+    outcome = command("preflight", "arithmetic", "-m", "m")
+    assert outcome.code == 0
+    assert "warning  difficulty  too easy" in outcome.out
 
 
 def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folder):
@@ -164,3 +279,11 @@ def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folde
     assert command("train", "--num-generations", 1, "--output-dir", "other").code == 2
     assert built == [0]  # the last two were refused before a model was built
     assert not Path("other").exists()
+
+
+def test_runs_that_begin_in_one_second_have_names_of_their_own(command, monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda form, *_: "now")
+    Path("outputs/arithmetic-m-hf-now").mkdir(parents=True)
+    Path("outputs/arithmetic-m-hf-now-2").mkdir()
+    config = yaml.safe_load(command("train", "arithmetic", "-m", "m", "--dry-run").out)
+    assert (config["run_name"], config["output_dir"]) == ("arithmetic-m-hf-now-3", "outputs/arithmetic-m-hf-now-3")

@@ -14,17 +14,21 @@ from pathlib import Path
 from rlvr.cli import main
 
 ROOT = Path(__file__).parents[2]
-OWN_TESTS = {"write-a-backend.md"}  # test_third_party_backend.py follows it to the letter
+OWN_TESTS = {"write-a-backend.md", "write-an-environment.md"}  # test_third_party.py follows them to the letter
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name not in OWN_TESTS)]
 FENCE = re.compile(r"^( *)```(\S*)([^\n]*)\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 MODEL_ID = re.compile(r"Qwen/Qwen[\w.-]+")
 EXTRAS = re.compile(r"(?:rlvr|\.)\[([\w,-]+)\]")
+ENDPOINT = "http://localhost:8000/v1"  # of the pages; the tests have a server elsewhere, and say so in this variable:
+ENDPOINT_VARIABLE = "RLVR_DOCS_ENDPOINT"
 NOT_RUN = {"ls"}  # commands of the shell, which say nothing about rlvr
 
 
 @dataclass(frozen=True)
 class Block:
-    """`info` is what follows the language: `unsloth` (needs it), `gpu` (only read), or `title="name"` (a file)."""
+    """`info` is what follows the language: `unsloth` (needs it), `gpu` (only read), `api` (asks a server), or
+    `title="name"` (a file).
+    """
 
     page: str
     line: int
@@ -51,6 +55,7 @@ def blocks(page: Path) -> list[Block]:
 def run_block(block: Block, namespace: dict, model_folder: Path) -> str:
     """Runs a block in the working directory, with a tiny model for each model id; what it printed."""
     code = MODEL_ID.sub(str(model_folder), block.text)
+    code = code.replace(ENDPOINT, os.environ.get(ENDPOINT_VARIABLE, ENDPOINT))
     if block.title:
         Path(block.title).write_text(code, encoding="utf-8")
         return ""

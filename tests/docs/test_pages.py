@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 from importlib.metadata import metadata
 from pathlib import Path
 
 import musique_commands
 import pytest
-from doc_blocks import EXTRAS, PAGES, ROOT, blocks, run_block
+from doc_blocks import EXTRAS, OWN_TESTS, PAGES, ROOT, blocks, run_block
 
+import rlvr
 from rlvr.cli import main
 
-ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), ROOT / "docs" / "write-a-backend.md"]
+ALL_PAGES = [*PAGES, *sorted(ROOT.glob("[A-Z]*.md")), *(ROOT / "docs" / name for name in sorted(OWN_TESTS))]
 NUMBER = re.compile(r"\d+(\.\d+)?")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
@@ -43,8 +45,8 @@ def test_the_code_for_unsloth_runs(page, workplace, short_runs, model_folder):
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.stem)
 def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
     """A text block right after a Python block is what that prints."""
-    found, namespace = blocks(page), {}
-    for block, following in zip(found, [*found[1:], None], strict=True):
+    namespace = {}
+    for block, following in itertools.pairwise([*blocks(page), None]):
         if block.language == "python" and "unsloth" not in block.info:
             printed = run_block(block, namespace, model_folder)
             if following is not None and following.language == "text":
@@ -53,11 +55,8 @@ def test_the_output_of_python_blocks(page, workplace, short_runs, model_folder):
 
 def test_the_example_of_the_readme_prints_what_it_says(workplace):
     """In full: the only page whose numbers are a claim about learning."""
-    example, output = next(
-        (block, following)
-        for block, following in zip(blocks(ROOT / "README.md"), blocks(ROOT / "README.md")[1:], strict=False)
-        if block.language == "python"
-    )
+    pairs = itertools.pairwise(blocks(ROOT / "README.md"))
+    example, output = next(pair for pair in pairs if pair[0].language == "python")
     assert len([line for line in example.text.splitlines() if line.strip()]) == 12
     printed = run_block(example, {}, workplace).splitlines()[-1]
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", output.text.strip())
@@ -70,8 +69,9 @@ def test_the_example_of_the_readme_prints_what_it_says(workplace):
 def test_every_option_exists(page, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no option is broken over two lines
     known = set()
-    environments = (["train", "dataset"], ["train", "arithmetic"], ["train", "musique"])
-    for command in (["train"], ["evaluate"], ["backends"], *environments):
+    environments = [["train", row.name] for row in rlvr.list_environments()]
+    commands = ("train", "evaluate", "preflight", "backends check", "export", "lineage")
+    for command in (*map(str.split, commands), *environments):
         with pytest.raises(SystemExit):
             main([*command, "--help"])
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
@@ -79,7 +79,10 @@ def test_every_option_exists(page, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             musique_commands.main("hf", command)
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
-    other_programs = {"--no-deps", "--constraint", "--no-build-isolation"}
+    other_programs = {
+        *("--no-deps", "--constraint", "--no-build-isolation"),
+        *("--generation-config", "--enable-auto-tool-choice", "--tool-call-parser"),
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", page.read_text())) - known - other_programs == set()
 
 

@@ -140,7 +140,7 @@ def test_rewards_of_ones_own(file, tmp_path, monkeypatch):
     assert scores(rlvr_environment(datasets=file, reward="my_rewards:short"), "abc") == {"short": None}
     with pytest.raises(RewardError, match="'wrong' raised ValueError: one completion was given"):
         scores(rlvr_environment(datasets=file, reward="my_rewards:wrong"), "abc")
-    with pytest.raises(EnvironmentDefinitionError, match="has no function 'number'; its functions: length, years"):
+    with pytest.raises(EnvironmentDefinitionError, match="'my_rewards:number' is of type int; name a function"):
         rlvr_environment(datasets=file, reward="my_rewards:number")
 
 
@@ -236,6 +236,8 @@ def test_names_that_cannot_be_used(datasets, message):
         ("exact_match", "unknown reward 'exact_match'; allowed: exact-match, f1, contains, or"),
         ("no_such_module_here:f", "cannot be loaded: ModuleNotFoundError"),
         ("missing.py:f", "cannot be loaded"),
+        ("json:f", "module 'json' has no 'f'; it has: .*loads"),
+        ("json:", "names no object"),
     ],
 )
 def test_rewards_that_cannot_be_used(file, reward, message):

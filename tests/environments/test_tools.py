@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 from typing import Literal
 
 import pytest
 
-from rlvr.environments.tools import Toolbox, ToolResult, Workers, schema_problems, tool_schema
+from rlvr.environments.tools import Toolbox, ToolResult, Workers, check_tools, schema_problems, tool_schema
 from rlvr.errors import EnvironmentDefinitionError, InfrastructureError
 from rlvr.types import ToolCall
 
@@ -107,6 +108,16 @@ def test_tools_that_are_not_well_formed(tool):
 def test_two_tools_of_one_name():
     with pytest.raises(EnvironmentDefinitionError, match="two tools have one name: search, search"):
         Toolbox([search, search])
+    schema = {"function": {"name": "search", "parameters": {}}}
+    with pytest.raises(EnvironmentDefinitionError, match="two tools have one name: search, search"):
+        check_tools([search, schema])
+    check_tools([search, Desk().ask])
+
+
+@pytest.mark.parametrize("tool", [3, "search", {}, {"name": "search"}, {"function": {"parameters": {}}}])
+def test_what_is_no_tool(tool):
+    with pytest.raises(EnvironmentDefinitionError, match="is no tool; a tool is a function, or a JSON schema"):
+        check_tools([tool])
 
 
 @pytest.mark.parametrize(
@@ -225,6 +236,63 @@ def test_async_tools_and_their_time_limit():
     )
 
 
+async def leaving(how: str) -> str:
+    """Leaves.
+
+    Args:
+        how: as.
+    """
+    raise {"exit": SystemExit(3), "cancelled": asyncio.CancelledError(), "key": KeyError("k")}[how]
+
+
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        ("exit", "error: leaving failed with RuntimeError: SystemExit(3)"),
+        ("cancelled", "error: leaving failed with RuntimeError: it cancelled itself"),
+        ("key", "error: leaving failed with KeyError: 'k'"),
+    ],
+)
+def test_an_async_tool_cannot_end_the_loop(how, text):
+    assert run_call(leaving, how=how) == ToolResult(text, failed=True)
+
+
+def test_an_async_tool_in_a_decorator_that_is_not():
+    @functools.wraps(slow)
+    def decorated(*arguments, **named):
+        return slow(*arguments, **named)
+
+    assert run_call(decorated, seconds=0) == ToolResult("awake")
+    assert run_call(decorated, timeout_s=0.05, seconds=600).text.startswith("error: slow took longer than 0.05 s")
+
+
+def test_whole_numbers_inside_lists_are_integers():
+    def add(numbers: list[int]) -> str:
+        """Adds.
+
+        Args:
+            numbers: some.
+        """
+        return repr(numbers)
+
+    assert run_call(add, numbers=[1.0, 2]) == ToolResult("[1, 2]")
+
+
+def test_text_that_no_tokenizer_takes():
+    def halves(fail: bool) -> str:
+        """Gives half of a surrogate pair.
+
+        Args:
+            fail: raise it.
+        """
+        if fail:
+            raise ValueError("a\ud800")
+        return "a\ud800"
+
+    assert run_call(halves, fail=False) == ToolResult("a?")
+    assert run_call(halves, fail=True) == ToolResult("error: halves failed with ValueError: a?", failed=True)
+
+
 def test_tools_that_hang_take_no_place_from_others():
     release = threading.Event()
 
@@ -239,7 +307,7 @@ def test_tools_that_hang_take_no_place_from_others():
 
     hanging, others = Toolbox([hang], timeout_s=0.05), Toolbox([quick])
     try:
-        with Workers(max_threads=2) as workers:
+        with Workers(max_calls=2) as workers:
             calls = [hanging.call(ToolCall("hang"), state={}, workers=workers) for _ in range(4)]
             calls += [others.call(ToolCall("quick"), state={}, workers=workers) for _ in range(4)]
             results = [workers.start(call) for call in calls]
@@ -249,7 +317,8 @@ def test_tools_that_hang_take_no_place_from_others():
         release.set()
 
 
-def test_the_number_of_threads_is_bounded():
+@pytest.mark.parametrize("kind", ["threads", "coroutines"])
+def test_the_number_of_calls_is_bounded(kind):
     running, most, lock, turn = 0, 0, threading.Lock(), threading.Event()
 
     def count() -> str:
@@ -265,8 +334,20 @@ def test_the_number_of_threads_is_bounded():
             running -= 1
         return "done"
 
-    toolbox = Toolbox([count])
-    with Workers(max_threads=3) as workers:
+    async def count_on_the_loop() -> str:
+        """Counts."""
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        while most < 3:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        running -= 1
+        return "done"
+
+    count_on_the_loop.__name__ = "count"
+    toolbox = Toolbox([count if kind == "threads" else count_on_the_loop])
+    with Workers(max_calls=3) as workers:
         calls = [workers.start(toolbox.call(ToolCall("count"), state={}, workers=workers)) for _ in range(9)]
         assert [call.result(timeout=60).text for call in calls] == ["done"] * 9
     assert most == 3

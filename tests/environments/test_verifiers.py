@@ -6,6 +6,7 @@ import asyncio
 import json
 import signal
 import sys
+import warnings
 
 import pytest
 import verifiers as vf
@@ -14,7 +15,7 @@ from scripted import ScriptedEngine
 from verifiers.clients import Client
 from verifiers.types import Response, ResponseMessage, ToolCall
 
-from rlvr.environments.verifiers import from_verifiers
+from rlvr.environments.verifiers.adapter import from_verifiers
 from rlvr.environments.verifiers.plugin import rlvr_environment, rlvr_environment_availability
 from rlvr.errors import ConfigError, DataError, EnvironmentDefinitionError
 from rlvr.rollout.chat import ChatRenderer
@@ -250,8 +251,28 @@ class MovingPrompt(Guessing):
         return state
 
 
+class Compacting(Guessing):
+    async def add_model_response(self, state, prompt_messages, response):
+        await super().add_model_response(state, prompt_messages[-1:], response)
+
+
+class Asking(Guessing):
+    async def get_model_response(self, state, prompt, **kwargs):
+        return await super().get_model_response(state, prompt, **kwargs)
+
+
+class Bare(vf.Environment):
+    async def rollout(self, *args, **kwargs): ...
+
+
 def whole_group(completions, **kwargs) -> list[float]:
     return [0.0] * len(completions)
+
+
+def completion_model():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # verifiers deprecates them
+        return vf.SingleTurnEnv(dataset=ROWS, message_type="completion")
 
 
 @pytest.mark.parametrize(
@@ -259,6 +280,11 @@ def whole_group(completions, **kwargs) -> list[float]:
     [
         (lambda: vf.EnvGroup([single_turn(), guessing()]), "it is an EnvGroup"),
         (lambda: Rewriting(dataset=ROWS), "overrides get_prompt_messages"),
+        (lambda: Compacting(dataset=ROWS), "overrides add_model_response"),
+        (lambda: Asking(dataset=ROWS), "overrides get_model_response"),
+        (lambda: Bare(dataset=ROWS), "Bare is not built on verifiers' MultiTurnEnv"),
+        (lambda: completion_model(), "made for completion models"),
+        (lambda: object(), "object is not built on verifiers' MultiTurnEnv"),
         (lambda: vf.SingleTurnEnv(dataset=ROWS, rubric=vf.Rubric(funcs=[whole_group])), "scores whole groups"),
         (
             lambda: vf.SingleTurnEnv(

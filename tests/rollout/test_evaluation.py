@@ -10,7 +10,8 @@ from rlvr.errors import ConfigError
 from rlvr.rewards.rubric import Rubric, WeightedReward
 from rlvr.rollout.chat import ChatRenderer
 from rlvr.rollout.engine import SampledTurn
-from rlvr.rollout.evaluation import evaluate_policy, pass_at_k, score, summarise
+from rlvr.rollout.evaluation import LocalPlayer, evaluate_policy, pass_at_k, score, summarise
+from rlvr.rollout.intervals import interval
 from rlvr.types import StopReason, Trajectory, Turn
 
 
@@ -58,6 +59,15 @@ def length(trajectory):
     return None if trajectory.text == "" else float(len(trajectory.text))
 
 
+def local(engine, tokenizer, batch_size=64):
+    return LocalPlayer(
+        engine_for=lambda seed: engine,
+        renderer=ChatRenderer(tokenizer),
+        max_completion_tokens=9,
+        batch_size=batch_size,
+    )
+
+
 @pytest.fixture
 def environment():
     rows = [{"question": "1+1", "answer": "2", "level": "a"}, {"question": "20+30", "answer": "50", "level": "b"}]
@@ -72,9 +82,7 @@ def environment():
 
 def test_means_pass_rates_and_groups(environment, tokenizer):
     engine = ScriptedEngine(tokenizer, ["2", "3", "50", "50"])
-    found = evaluate_policy(
-        environment, engine, ChatRenderer(tokenizer), max_completion_tokens=9, samples=2, batch_size=3
-    )
+    found = evaluate_policy(environment, local(engine, tokenizer, batch_size=3), samples=2)
     assert found.metrics == pytest.approx(
         {"right": 3 / 4, "length": 6 / 4, "reward": 3 / 4 + 0.15, "pass@1": 0.75, "pass@2": 1.0}
     )
@@ -86,13 +94,71 @@ def test_means_pass_rates_and_groups(environment, tokenizer):
     assert engine.batches == [3, 1]
 
 
+def test_pass_at_powers_of_two_and_all_attempts(environment, tokenizer):
+    """Two of six and six of six pass: pass@2 = 1 - C(4,2)/C(6,2) = 9/15 and 1, pass@4 = 1 - 1/15 · C(4,4) and 1."""
+    engine = ScriptedEngine(tokenizer, ["2", "2", "3", "3", "3", "3", *["50"] * 6])
+    found = evaluate_policy(environment, local(engine, tokenizer), samples=6)
+    rates = {name: value for name, value in found.metrics.items() if name.startswith("pass@")}
+    assert rates == pytest.approx(
+        {"pass@1": (1 / 3 + 1) / 2, "pass@2": (9 / 15 + 1) / 2, "pass@4": (14 / 15 + 1) / 2, "pass@6": 1.0}
+    )
+    assert found.intervals.keys() == found.metrics.keys()
+    for name, (low, high) in found.intervals.items():
+        assert low <= found.metrics[name] <= high
+    assert found.intervals["pass@1"] == found.intervals["right"] == interval([[1, 1, 0, 0, 0, 0], [1] * 6])
+    assert found.group_intervals == {"level=a": {}, "level=b": {}}  # one example each
+    assert found.as_json()["intervals"] == found.intervals
+
+
+@pytest.mark.parametrize(
+    ("samples", "ks"), [(1, [1]), (2, [1, 2]), (3, [1, 2, 3]), (8, [1, 2, 4, 8]), (9, [1, 2, 4, 8, 9])]
+)
+def test_which_k(environment, samples, ks):
+    rows = list(environment.eval_dataset)[:1]
+    ended = Trajectory(rows[0], (), (Turn({"role": "assistant", "content": "2"}),), StopReason.END_OF_TURN)
+    scored = [score(environment, 0, ended, tokens=1, attempt=attempt) for attempt in range(samples)]
+    metrics = summarise(environment, rows, scored, samples=samples).metrics
+    assert [name for name in metrics if name.startswith("pass@")] == [f"pass@{k}" for k in ks]
+
+
+def test_groups_have_intervals_over_their_own_examples(environment):
+    rows = [{"question": "q", "answer": "2", "level": level} for level in "aaab"]
+    said = ["2", "3", "2", "2"]
+    scored = []
+    for index, (row, text) in enumerate(zip(rows, said, strict=True)):
+        turn = Turn({"role": "assistant", "content": text})
+        scored.append(score(environment, index, Trajectory(row, (), (turn,), StopReason.END_OF_TURN), tokens=1))
+    found = summarise(environment, rows, scored, samples=1)
+    assert found.group_intervals["level=a"]["right"] == interval([[1], [0], [1]])
+    assert found.intervals["pass@1"] == interval([[1], [0], [1], [1]])
+
+
+def test_a_batch_is_the_same_whatever_is_wanted_of_it(environment, tokenizer):
+    seeds, batches = [], []
+
+    def engine_for(seed):
+        seeds.append(seed)
+        engine = ScriptedEngine(tokenizer, ["2"] * 3)
+        batches.append(engine.batches)
+        return engine
+
+    player = LocalPlayer(
+        engine_for=engine_for, renderer=ChatRenderer(tokenizer), max_completion_tokens=9, batch_size=3, seed=7
+    )
+    examples = [environment.eval_dataset[0]] * 8
+    whole = [played.index for played in player.play(environment, examples, range(8))]
+    part = [played.index for played in player.play(environment, examples, [4, 7])]
+    assert (whole, part) == (list(range(8)), [4, 7])
+    assert seeds[3:] == seeds[1:3]
+    assert len(set(seeds)) == 3
+    assert batches == [[3], [3], [2], [3], [2]]
+
+
 def test_the_limit_takes_the_first_examples_and_progress_is_told(environment, tokenizer):
     told = []
     found = evaluate_policy(
         environment,
-        ScriptedEngine(tokenizer, ["2"]),
-        ChatRenderer(tokenizer),
-        max_completion_tokens=9,
+        local(ScriptedEngine(tokenizer, ["2"]), tokenizer),
         limit=1,
         on_progress=lambda done, of: told.append((done, of)),
     )

@@ -109,6 +109,19 @@ def test_graphs_sample_what_the_kernels_sample_without_them(dtype):
     assert sampled("graphs") == sampled("kernels")
 
 
+def test_reseeding_repeats_a_rollout_on_the_same_graphs():
+    engine = GroupedEngine(
+        cuda_model(), sampling=SamplingSettings(), eos_token_ids=(), seed=3, execution="graphs", compile_layers=False
+    )
+
+    def sampled():
+        return [(turn.index, turn.token_ids) for turn, _ in play(engine)]
+
+    first, second = sampled(), sampled()
+    engine.reseed(3)
+    assert sampled() == first != second
+
+
 @pytest.mark.parametrize("execution", ["graphs", "eager"])
 @pytest.mark.parametrize("merge_lora", [True, False], ids=["merged", "apart"])
 def test_bfloat16_logprobs_stay_near_the_training_forward(merge_lora, execution):

@@ -155,4 +155,6 @@ def test_seeds_repeat_and_rollouts_differ():
     assert first == sample(two)
     assert first != second
     assert first != sample(engine(2))
+    one.reseed(1)
+    assert sample(one) == first
     assert len(set(map(tuple, first.values()))) == 3  # the rows of a group draw their own numbers

@@ -56,11 +56,13 @@ def test_a_training_run_grows_the_table_and_overwrites_nothing(tmp_path, tokeniz
     assert len(increments) == 3  # one a step
     columns = increments[0]["columns"]
     assert columns == [
-        "step", "phase", "group", "prompt", "completion", "reward", "advantage", "stop_reason",
+        "step", "phase", "group", "prompt", "completion", "reward", "advantage", "stop_reason", "adapter",
         "rewards/length", "rewards/<lambda>",
     ]  # fmt: skip
     rows = [dict(zip(columns, row, strict=True)) for table in increments for row in table["data"]]
     assert [row["step"] for row in rows] == [0, 0, 1, 1, 2, 2]
+    assert [row["adapter"] for row in rows] == [record.adapter for record in records]
+    assert all(len(row["adapter"]) == 64 for row in rows)
     assert len(records) == len(rows)
     for row, record in zip(rows, records, strict=True):
         assert row["prompt"] == f"[user] {record.prompt[0]['content']}"

@@ -75,7 +75,7 @@ def test_an_environment_and_a_policy_made_in_python(environment, policy, tmp_pat
     trained = [row for row in run.trajectories() if row["phase"] == "train"]
     assert len(trained) == 3 * 4
     assert set(trained[0]) == {
-        *("step", "phase", "group", "prompt", "completion", "rewards", "reward", "advantage", "stop_reason")
+        *("step", "phase", "group", "prompt", "completion", "rewards", "reward", "advantage", "stop_reason", "adapter")
     }
     assert trained[0]["prompt"][0]["role"] == "user"
     assert trained[0]["rewards"].keys() == {"first_byte_is_even", "letters"}
@@ -176,7 +176,7 @@ def test_a_failing_reward_function_stops_the_run_and_leaves_what_there_is(enviro
         rlvr.train(environment, model_folder, "hf", **SMALL, max_steps=3, eval_samples=0, output_dir=tmp_path / "run")
     folder = RunFolder(tmp_path / "run")
     assert len(list(folder.trajectories())) == 4
-    assert (folder.checkpoints / "checkpoint-1").exists()
+    assert (folder.checkpoints / "checkpoint-1" / "lineage.json").exists()
     assert not (folder.path / "summary.json").exists()
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
+from datasets import Dataset
 from tests_support import grpo_config
 
+import rlvr
 from rlvr import Environment, Rubric
+from rlvr.errors import ConfigError, EnvironmentDefinitionError
 from rlvr.rollout.engine import SampledTurn
-from rlvr.testing.tiny import tiny_model
+from rlvr.testing.tiny import save_tiny, tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.types import StopReason
 
@@ -125,3 +130,87 @@ def test_a_model_that_samples_with_tools_trains(tmp_path, tokenizer):
 
 def lambda_length(trajectory):
     return float(len(trajectory.text))
+
+
+PARSER = """
+from rlvr import ToolCall
+
+class Always:
+    def parse(self, text):
+        return text, [ToolCall("double", {"number": 4})]
+"""
+
+
+def doubling():
+    rows = [{"question": f"double {i}"} for i in range(4)]
+    return Environment(
+        name="doubling", train_dataset=rows, eval_dataset=rows[:1], tools=[double], max_turns=2,
+        rubric=Rubric(answered, (calls, 0.0)),
+    )  # fmt: skip
+
+
+def calls(trajectory):
+    return float(len(trajectory.tool_calls))
+
+
+@pytest.fixture(scope="module")
+def terse_model(tmp_path_factory):
+    """It ends its turn at one token in ten, and at once when it is greedy: the end token's logit is a constant."""
+    folder = save_tiny(tmp_path_factory.mktemp("tiny") / "terse")
+    model = tiny_model()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 0] = 5.0
+        model.lm_head.weight[model.config.eos_token_id, 0] = 0.6
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_third_partys_parser_reads_training_and_evaluation(tmp_path, terse_model, monkeypatch):
+    (tmp_path / "my_parser.py").write_text(PARSER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_parser", raising=False)
+    options = {"tool_call_parser": "my_parser:Always", "max_prompt_length": 600, "max_tokens": 300}
+    assert rlvr.evaluate(doubling(), terse_model, "hf", **options).metrics["calls"] == 2.0
+    run = rlvr.train(
+        *(doubling(), terse_model, "hf"),
+        **options,
+        max_steps=1,
+        num_generations=2,
+        prompts_per_step=2,
+        report_to="none",
+        output_dir=str(tmp_path / "run"),
+    )
+    assert run.summary["eval_before"]["calls"] == 2.0
+    trained = [record for record in run.trajectories() if record["phase"] == "train"]
+    with_result = [
+        record for record in trained if {"role": "tool", "name": "double", "content": "8"} in record["completion"]
+    ]
+    assert len(with_result) >= 3
+
+
+def test_parsers_are_checked_when_the_trainer_is_made(tmp_path, tokenizer):
+    def make(**arguments):
+        EnhancedGRPOTrainer(
+            model=tiny_model(), processing_class=tokenizer, args=grpo_config(tmp_path), **arguments,
+        )  # fmt: skip
+
+    with pytest.raises(EnvironmentDefinitionError, match="unknown tool-call parser 'hermez'; allowed: hermes"):
+        make(env=doubling(), tool_call_parser="hermez")
+    plain = Environment(name="plain", train_dataset=[{"question": "q"}], rubric=Rubric(answered))
+    with pytest.raises(ConfigError, match="tool_call_parser is 'hermes', and the environment has no tools"):
+        make(env=plain, tool_call_parser="hermes")
+    rows = Dataset.from_list([{"prompt": "q"}])
+    with pytest.raises(ConfigError, match="tool_call_parser is 'hermes', and there is no env"):
+        make(train_dataset=rows, reward_funcs=lambda completions, **_: [0.0], tool_call_parser="hermes")
+
+
+def test_a_tool_without_a_schema_is_found_before_the_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def halve(number):
+        """Halves."""
+
+    env = Environment(name="halving", train_dataset=[{"question": "q"}], rubric=Rubric(answered), tools=[halve])
+    for start in (rlvr.train, rlvr.evaluate):
+        with pytest.raises(EnvironmentDefinitionError, match="tool 'halve' has no usable schema"):
+            start(env, "no-such-model", "hf")

@@ -11,13 +11,16 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import typer
 
-COMMANDS = ("train", "evaluate", "compare", "backends", "environments")
+COMMANDS = ("train", "evaluate", "preflight", "compare", "export", "lineage", "backends", "environments")
 
 EXIT_REFUSED = 2  # an RlvrError, or options that the command line cannot read
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command and exits: 0 if all went well, 2 if it was refused with a message, 1 if it crashed."""
+    """Runs the command and exits: 0 if all went well, 2 if it was refused with a message, 1 if it crashed.
+
+    `rlvr preflight` exits with 1 where it found a problem, too.
+    """
     from rlvr.errors import RlvrError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -43,6 +46,7 @@ def build_app(asked_for: str | None = None) -> typer.Typer:
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # rich's panels cut long option names on a terminal of 80 columns
     )
 
     @app.callback()

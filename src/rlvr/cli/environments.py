@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import re
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
@@ -19,12 +19,12 @@ def environments(
 ) -> None:
     """List the installed environments, or the options of one."""
     from rlvr.cli.listings import print_listing
-    from rlvr.plugins.manager import environment_options, list_environments
+    from rlvr.plugins.manager import list_environments
 
     if name is None:
         print_listing(list_environments(), as_json=as_json)
         return
-    rows = option_rows(environment_options(name))
+    rows = option_rows(name)
     if as_json:
         import json
 
@@ -33,14 +33,18 @@ def environments(
         print_options(name, rows)
 
 
-def option_rows(parameters: Mapping[str, inspect.Parameter]) -> list[dict[str, Any]]:
-    """An object for each option: `option, type, default, required`."""
+def option_rows(environment: str) -> list[dict[str, Any]]:
+    """An object for each option of an environment: `option, type, default, required, meaning`."""
     from rlvr.cli.options import environment_flag, flag_of, value_type
+    from rlvr.plugins.manager import environment_description, environment_options
 
+    meanings = described_arguments(environment_description(environment))
     rows = []
-    for name, parameter in parameters.items():
+    for name, parameter in environment_options(environment).items():
+        meaning = meanings.get(name, "")
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            rows.append({"option": "--…", "type": "any option", "default": None, "required": False})
+            row = {"option": "--…", "type": "any option", "default": None, "required": False, "meaning": meaning}
+            rows.append(row)
             continue
         kind = value_type(parameter)
         required = parameter.default is inspect.Parameter.empty
@@ -50,9 +54,25 @@ def option_rows(parameters: Mapping[str, inspect.Parameter]) -> list[dict[str, A
                 "type": _type_words(kind),
                 "default": None if required else parameter.default,
                 "required": required,
+                "meaning": meaning,
             }
         )
     return rows
+
+
+def described_arguments(docstring: str) -> dict[str, str]:
+    """Name → what a docstring in Google's style says of it under `Args:`."""
+    meanings: dict[str, str] = {}
+    name = None
+    for line in docstring.partition("Args:\n")[2].splitlines():
+        entry = re.match(r" {4}(\w+): (.+)", line)
+        if entry:
+            name, meanings[entry[1]] = entry[1], entry[2]
+        elif name is not None and line.startswith(" " * 8):
+            meanings[name] += f" {line.strip()}"
+        else:
+            break
+    return meanings
 
 
 def print_options(name: str, rows: list[dict[str, Any]]) -> None:
@@ -60,17 +80,25 @@ def print_options(name: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(box=None, header_style="bold")
-    for column in ("option", "type", "default"):
-        table.add_column(column, overflow="fold")
+    for column in ("option", "type", "default", "meaning"):
+        table.add_column(column, overflow="fold", no_wrap=column in ("option", "type"))
     for row in rows:
-        default = "required" if row["required"] else "" if row["default"] is None else str(row["default"])
-        table.add_row(row["option"], row["type"], default)
+        default = "required" if row["required"] else _as_written(row["default"])
+        table.add_row(row["option"], row["type"], default, row["meaning"])
     console = Console(markup=False)
     console.print(f"Options of environment {name}:")
     console.print(table)
 
 
+def _as_written(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
 def _type_words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) in (list, tuple):
+        return f"{_type_words(get_args(kind)[0])},…"
     return getattr(kind, "__name__", str(kind))

@@ -17,6 +17,14 @@ from rlvr.config import TrainSettings, closest, option_default, option_type
 from rlvr.errors import ConfigError
 
 SHORT = {"model": "-m"}
+COMMAND_OPTIONS = frozenset(  # of the commands on environments themselves, beside settings
+    [
+        *("config", "dry_run", "adapter", "samples", "limit", "output", "resume", "json", "help", "debug"),
+        *("api_base_url", "api_key_env", "api_retries", "api_timeout", "concurrency"),  # evaluate
+        *("backends", "steps", "as_is"),  # compare
+        "prompts",  # preflight
+    ]
+)
 
 
 class EnvironmentCommand(TyperCommand):
@@ -28,13 +36,24 @@ class EnvironmentCommand(TyperCommand):
         self._environment = args[0] if args and not args[0].startswith("-") else None
         return super().parse_args(ctx, args)
 
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                kind = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                heading = getattr(parameter, "rich_help_panel", None) or kind
+                sections.setdefault(heading, []).append(record)
+        for heading, records in sections.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         if self._environment is not None:
             from rlvr.cli.environments import option_rows, print_options
-            from rlvr.plugins.manager import environment_options
 
-            print_options(self._environment, option_rows(environment_options(self._environment)))
+            print_options(self._environment, option_rows(self._environment))
 
 
 def environment_arguments(environment: str | None, arguments: Sequence[str]) -> dict[str, Any]:
@@ -125,8 +144,8 @@ def given(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def environment_flag(name: str) -> str:
-    """The flag of an environment's option: with `env` in front where training has an option of that name."""
-    taken = {definition.name for definition in settings_fields()}
+    """The flag of an environment's option: with `env` in front where a command has an option of that name."""
+    taken = {definition.name for definition in settings_fields()} | COMMAND_OPTIONS
     return flag_of(f"env_{name}" if name in taken else name)
 
 
@@ -169,7 +188,7 @@ def parse_environment_options(
         flag, _, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         if name not in parameters and name.removeprefix("env_") in parameters:
-            name = name.removeprefix("env_")  # --env-seed, where training has a --seed of its own
+            name = name.removeprefix("env_")  # --env-seed, where the command has a --seed of its own
         negated = name.removeprefix("no_")
         has_value = bool(value) or "=" in word
         if name not in parameters and negated in parameters and value_type(parameters[negated]) is bool:

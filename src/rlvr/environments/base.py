@@ -52,6 +52,17 @@ class Environment:
             raise DataError(f"the eval dataset of environment {self.name!r} is empty; leave it out, or give rows.")
         if self.max_turns < 1:
             raise EnvironmentDefinitionError(f"max_turns is {self.max_turns}; it must be at least 1.")
+        if self.max_tool_failures is not None and self.max_tool_failures < 0:
+            raise EnvironmentDefinitionError(
+                f"max_tool_failures is {self.max_tool_failures}; it must be at least 0, or None for no limit."
+            )
+        if not self.tool_timeout_s > 0:  # also when it is not a number
+            raise EnvironmentDefinitionError(f"tool_timeout_s is {self.tool_timeout_s}; it must be above 0.")
+        if len({callable(tool) for tool in self.tools}) > 1:
+            raise EnvironmentDefinitionError(
+                "tools holds functions and schemas; rlvr runs the calls of functions, and respond answers those of "
+                "schemas, not both. Call the functions in respond, and give their schemas."
+            )
         self.messages(self.train_dataset[0])
 
     def messages(self, example: Example) -> list[Message]:

@@ -8,7 +8,7 @@ import inspect
 import json
 import threading
 import typing
-from collections.abc import Callable, Coroutine, Mapping, MutableMapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, MutableMapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -67,6 +67,37 @@ def tool_schema(function: Callable[..., Any]) -> dict[str, Any]:
             "Use plain parameters, without *, ** or /."
         )
     return schema
+
+
+def schema_of(tool: Callable[..., Any] | Mapping[str, Any]) -> dict[str, Any]:
+    """The schema of a function, or the one that was given in its place.
+
+    Raises:
+        EnvironmentDefinitionError: a function without a usable schema, or something that is neither.
+    """
+    if callable(tool):
+        return tool_schema(tool)
+    function = tool.get("function") if isinstance(tool, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise EnvironmentDefinitionError(
+            f"{tool!r} is no tool; a tool is a function, or a JSON schema "
+            '{"type": "function", "function": {"name": ..., "description": ..., "parameters": ...}}.'
+        )
+    return dict(tool)
+
+
+def check_tools(tools: Sequence[Callable[..., Any] | Mapping[str, Any]]) -> None:
+    """Finds what is wrong with an environment's tools before a model is loaded.
+
+    Raises:
+        EnvironmentDefinitionError: a tool without a usable schema, or two of one name.
+    """
+    _check_names([schema_of(tool)["function"]["name"] for tool in tools])
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if len(set(names)) < len(names):
+        raise EnvironmentDefinitionError(f"two tools have one name: {', '.join(sorted(names))}.")
 
 
 def _visible(signature: inspect.Signature) -> list[inspect.Parameter]:
@@ -139,8 +170,7 @@ class Toolbox:
         self.timeout_s = timeout_s
         self.schemas = [tool_schema(tool) for tool in tools]
         names = [schema["function"]["name"] for schema in self.schemas]
-        if len(set(names)) < len(names):
-            raise EnvironmentDefinitionError(f"two tools have one name: {', '.join(sorted(names))}.")
+        _check_names(names)
         self._tools = dict(zip(names, tools, strict=True))
         self._parameters = {s["function"]["name"]: s["function"]["parameters"] for s in self.schemas}
 
@@ -154,10 +184,7 @@ class Toolbox:
         if problem:
             return ToolResult(f"error: {problem}", failed=True)
         function = self._tools[call.name]
-        arguments = dict(call.arguments)
-        for name, schema in self._parameters[call.name]["properties"].items():
-            if schema.get("type") == "integer" and isinstance(arguments.get(name), float):
-                arguments[name] = int(arguments[name])
+        arguments = _with_integers(dict(call.arguments), self._parameters[call.name])
         if STATE in inspect.signature(function).parameters:
             arguments[STATE] = state
         try:
@@ -167,7 +194,7 @@ class Toolbox:
         except TimeLimitError:
             return ToolResult(f"error: {call.name} took longer than {self.timeout_s:g} seconds", failed=True)
         except Exception as error:
-            return ToolResult(f"error: {call.name} failed with {type(error).__name__}: {error}", failed=True)
+            return ToolResult(_as_text(f"error: {call.name} failed with {type(error).__name__}: {error}"), failed=True)
 
     def _refusal(self, call: ToolCall) -> str | None:
         if call.error:
@@ -178,24 +205,45 @@ class Toolbox:
         return f"{call.name}: {'; '.join(problems)}" if problems else None
 
 
+def _with_integers(value: Any, schema: Mapping[str, Any]) -> Any:
+    """The value with whole numbers that were written as 2.0 turned into what the type hints say."""
+    if schema.get("type") == "integer" and isinstance(value, float):
+        return int(value)
+    if isinstance(value, list) and "items" in schema:
+        return [_with_integers(item, schema["items"]) for item in value]
+    if isinstance(value, dict) and "properties" in schema:
+        return {name: _with_integers(item, schema["properties"].get(name, {})) for name, item in value.items()}
+    return value
+
+
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    """Text that a tokenizer takes: half of a surrogate pair, which no text should hold, becomes a question mark."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 class TimeLimitError(Exception):
     """A call was given up. A tool's own TimeoutError is another matter."""
 
 
-class Workers:
-    """One event loop for async functions, and at most `max_threads` threads for the others.
+async def _contained(awaitable: Awaitable[T]) -> T:
+    """What would end the event loop is an error of the function."""
+    try:
+        return await awaitable
+    except (SystemExit, KeyboardInterrupt) as error:
+        raise RuntimeError(repr(error)) from error
 
-    A function that has passed its time limit cannot be killed: its thread is left to itself and no longer
-    counts, so calls that hang take no place from others.
+
+class Workers:
+    """Runs at most `max_calls` functions at a time: async ones on one event loop, the others in threads.
+
+    A thread that has passed its time limit cannot be killed: it is left to itself and no longer counts, so calls that
+    hang take no place from others.
     """
 
-    def __init__(self, max_threads: int = 32):
+    def __init__(self, max_calls: int = 64):
         self._loop = asyncio.new_event_loop()
-        self._free = asyncio.Semaphore(max_threads)
+        self._free = asyncio.Semaphore(max_calls)
         self._thread = threading.Thread(target=self._loop.run_forever, name="rlvr-tools", daemon=True)
 
     def __enter__(self) -> Workers:
@@ -226,18 +274,24 @@ class Workers:
         """Calls a function and waits for it, `timeout_s` at most.
 
         Raises:
-            TimeLimitError: it took longer. Waiting for a thread does not count.
+            TimeLimitError: it took longer. Waiting for a free place does not count.
         """
-        if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
-            return await self._limited(asyncio.ensure_future(function(*arguments, **named)), timeout_s)
         async with self._free:
-            return await self._limited(self._in_thread(function, *arguments, **named), timeout_s)
+            if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__):
+                value = function(*arguments, **named)
+            else:
+                value = await self._limited(self._in_thread(function, *arguments, **named), timeout_s)
+            if inspect.isawaitable(value):  # of an async function, perhaps inside a decorator that is not
+                value = await self._limited(asyncio.ensure_future(_contained(value)), timeout_s)
+            return value
 
     async def _limited(self, future: asyncio.Future[Any], timeout_s: float | None) -> Any:
         done, _ = await asyncio.wait([future], timeout=timeout_s)
         if not done:
             future.cancel()
             raise TimeLimitError
+        if future.cancelled():
+            raise RuntimeError("it cancelled itself")
         return future.result()
 
     def _in_thread(self, function: Callable[..., Any], *arguments: Any, **named: Any) -> asyncio.Future[Any]:

@@ -169,6 +169,15 @@ def environment_options(name: str) -> Mapping[str, inspect.Parameter]:
     return _options(_load(_ENVIRONMENT, name.partition(":")[0]))
 
 
+def environment_description(name: str) -> str:
+    """What an environment's hook says of it and, under `Args:`, of its options; empty where it says nothing.
+
+    Raises:
+        UnknownPluginError, DuplicatePluginError, PluginLoadError: as for `load_backend`.
+    """
+    return inspect.getdoc(_load(_ENVIRONMENT, name.partition(":")[0]).make) or ""
+
+
 @functools.cache
 def _load_backend_named(name: str) -> ModelBackend:
     plugin = _load(_BACKEND, name)

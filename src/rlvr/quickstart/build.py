@@ -45,7 +45,7 @@ def _learn(seed: int, recipe: Recipe, report: Callable[[str], None]) -> tuple[An
     everything = lessons(tokenizer, list(rows))
     taught, validation = everything[VALIDATION:], everything[:VALIDATION]
     for attempt in range(ATTEMPTS):
-        model = untaught(recipe, tokenizer, length=512, seed=seed + 1000 * attempt)
+        model = untaught(recipe, tokenizer, length=4096, seed=seed + 1000 * attempt)
         scores = imitate(model, taught, validation, recipe, seed=seed + 1000 * attempt, report=report)
         if scores.within(recipe, recipe.least_known):
             return model.eval(), tokenizer, scores

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
-from rlvr.environments.tools import tool_schema
+from rlvr.environments.tools import schema_of
 from rlvr.errors import EnvironmentDefinitionError, ModelError
 from rlvr.types import Message
 
@@ -47,18 +47,22 @@ class ChatRenderer:
                 "prompt. Use an instruction-tuned model, or give a Jinja template as chat_template."
             )
         self.tokenizer = tokenizer
-        self.tools = [tool_schema(tool) if callable(tool) else dict(tool) for tool in tools]
+        self.tools = [schema_of(tool) for tool in tools]
         self.chat_template = chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         if self.tools:
             self._check_tools()
 
     def prompt_text(self, messages: Sequence[Message]) -> str:
-        return self._render(_with_call_ids(messages), add_generation_prompt=True)
+        return self._render(with_call_ids(messages), add_generation_prompt=True)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation up to where the policy goes on; the generation prompt is included."""
         return self.encode(self.prompt_text(messages))
+
+    def conversation_ids(self, messages: Sequence[Message]) -> list[int]:
+        """The ids of a conversation that is over, as one who was not there would render it."""
+        return self.encode(self._render(with_call_ids(messages)))
 
     def reply_ids(self, replies: Sequence[Message]) -> list[int]:
         """The ids between an assistant turn's end-of-turn token and the next turn's first sampled token.
@@ -180,10 +184,10 @@ def _conversation(replies: Sequence[Message], calls: Sequence[Message]) -> list[
             }
             for call in calls
         ]
-    return _with_call_ids([_user(), said, *replies])
+    return with_call_ids([_user(), said, *replies])
 
 
-def _with_call_ids(messages: Sequence[Message]) -> list[Message]:
+def with_call_ids(messages: Sequence[Message]) -> list[Message]:
     """Numbers tool calls and their results: Mistral's templates insist on ids of nine letters and digits."""
     numbered: list[Message] = []
     waiting: list[str] = []

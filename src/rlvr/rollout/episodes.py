@@ -6,21 +6,18 @@ the main thread, and a conversation is submitted again as soon as its own replie
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 from rlvr.environments.base import Environment
-from rlvr.environments.tools import Toolbox, ToolResult, Workers
-from rlvr.errors import DataError, EnvironmentDefinitionError, InfrastructureError, RlvrError
+from rlvr.environments.tools import Workers
+from rlvr.errors import DataError
 from rlvr.rollout.chat import ChatRenderer
 from rlvr.rollout.engine import RolloutEngine, RolloutSession, SampledTurn
-from rlvr.rollout.tool_calls import ToolCallParser, detect_parser, get_parser
+from rlvr.rollout.rules import Game, Rules, assistant_message
+from rlvr.rollout.tool_calls import ToolCallParser, parser_for, read_turn
 from rlvr.types import Example, Message, StopReason, ToolCall, Trajectory, Turn
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +59,13 @@ def play(
         renderer: made with the environment's tools.
         max_completion_tokens: sampled tokens and reply tokens of one rollout together.
         max_prompt_tokens: a longer prompt is an error.
-        parser: of tool calls: a name or an object; by default found from the chat template.
+        parser: of tool calls: as `get_parser` takes it; by default found from the chat template.
         on_progress: called with (rollouts finished, B).
 
     Raises:
         DataError: a prompt is longer than `max_prompt_tokens`.
-        EnvironmentDefinitionError: a method of the environment raised, or its tools cannot be used.
+        EnvironmentDefinitionError: a method of the environment or the parser raised, or the tools cannot be used.
+        ConfigError: a parser was given, and the environment has no tools.
     """
     if not examples:
         return []
@@ -97,18 +95,13 @@ def play(
     return [game.rollout() for game in games]
 
 
-@dataclass
-class _Game:
-    """A rollout while it is being played."""
-
-    index: int
+@dataclass(kw_only=True)
+class _Game(Game):
     prompt_ids: list[int]
-    trajectory: Trajectory
     completion_ids: list[int] = field(default_factory=list)
     sampled_mask: list[int] = field(default_factory=list)
     logprobs: list[float] | None = field(default_factory=list)
     ended: bool = False
-    stop_reason: StopReason | None = None
 
     def append(self, ids: Sequence[int], *, sampled: bool, logprobs: Sequence[float] | None = None) -> None:
         self.completion_ids += ids
@@ -118,21 +111,9 @@ class _Game:
         elif self.logprobs is not None:
             self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
 
-    def add_turn(self, turn: Turn) -> None:
-        self.trajectory = dataclasses.replace(self.trajectory, turns=(*self.trajectory.turns, turn))
-
-    def set_replies(self, replies: Sequence[Message], *, failed_calls: int = 0) -> None:
-        *before, last = self.trajectory.turns
-        turn = dataclasses.replace(last, replies=tuple(replies), failed_calls=last.failed_calls + failed_calls)
-        self.trajectory = dataclasses.replace(self.trajectory, turns=(*before, turn))
-
-    def stop(self, reason: StopReason) -> None:
-        self.stop_reason = reason
-        self.set_replies(())
-
     def rollout(self) -> Rollout:
         return Rollout(
-            trajectory=dataclasses.replace(self.trajectory, stop_reason=self.stop_reason),
+            trajectory=self.trajectory,
             prompt_ids=self.prompt_ids,
             completion_ids=self.completion_ids,
             sampled_mask=self.sampled_mask,
@@ -142,7 +123,7 @@ class _Game:
 
 
 class _Player:
-    """The rules of one environment, for all its games."""
+    """Between the rules, which know messages, and the engine, which knows token ids."""
 
     def __init__(
         self,
@@ -152,62 +133,35 @@ class _Player:
         max_completion_tokens: int,
         parser: str | ToolCallParser | None,
     ):
-        self.environment = environment
+        self.rules = Rules(environment)
         self.renderer = renderer
         self.budget = max_completion_tokens
-        functions = [tool for tool in environment.tools if callable(tool)]
-        self.toolbox = Toolbox(functions, timeout_s=environment.tool_timeout_s)
-        self.answers_calls = len(functions) < len(environment.tools)
-        self.parser = None
-        if environment.tools:
-            self.parser = (
-                detect_parser(renderer.tokenizer, chat_template=renderer.chat_template)
-                if parser is None
-                else get_parser(parser)
-            )
+        self.parser = parser_for(renderer, parser)
 
     def set_up(self, examples: Sequence[Example], *, max_prompt_tokens: int | None) -> list[_Game]:
         ids: dict[str, list[int]] = {}  # a group's prompt is tokenized once
         games = []
         for index, example in enumerate(examples):
-            messages = self._ask("messages", self.environment.messages, example)
+            messages = self.rules.messages(example)
             text = self.renderer.prompt_text(messages)
             if text not in ids:
                 ids[text] = self.renderer.encode(text)
             if max_prompt_tokens is not None and len(ids[text]) > max_prompt_tokens:
                 raise DataError(
-                    f"a prompt of environment {self.environment.name!r} has {len(ids[text])} tokens, and "
+                    f"a prompt of environment {self.rules.environment.name!r} has {len(ids[text])} tokens, and "
                     f"max_prompt_tokens is {max_prompt_tokens}: {text[:200]!r}… "
                     "Raise --max-prompt-length, or leave such rows out."
                 )
-            state = self._ask("new_state", self.environment.new_state, example)
-            games.append(_Game(index, ids[text], Trajectory(example, tuple(messages), state=state)))
+            games.append(_Game(index=index, trajectory=self.rules.begin(example, messages), prompt_ids=ids[text]))
         return games
 
     async def after_turn(self, game: _Game, sampled: SampledTurn, workers: Workers) -> list[Message]:
-        """Records a turn, runs its tool calls or asks the environment, and decides whether the rollout ends.
-
-        Returns:
-            The replies to go on with; none if the rollout has ended.
-        """
+        """The replies to go on with; none if the rollout has ended."""
         game.append(sampled.token_ids, sampled=True, logprobs=sampled.logprobs)
         game.ended = sampled.ended
         message, calls = self._read(sampled)
-        game.add_turn(Turn(message, tuple(calls)))
-        if not sampled.ended:
-            game.stop(StopReason.TOKEN_BUDGET)
-            return []
-        try:
-            replies = await self._replies(game, calls, workers)
-        except InfrastructureError:
-            game.stop(StopReason.INFRASTRUCTURE)
-            return []
-        reason = await workers.run(self._ask, "stop_reason", self.environment.stop_reason, game.trajectory)
-        reason = reason or self._rule(game, calls, replies)
-        if reason is not None:
-            game.stop(reason)
-            return []
-        return replies
+        turn = Turn(message, tuple(calls))
+        return await self.rules.after_turn(game, turn, ended=sampled.ended, workers=workers)
 
     def go_on(self, game: _Game, replies: list[Message], session: RolloutSession) -> None:
         """Submits the next turn, unless the rollout has ended or the replies leave no room for one."""
@@ -224,56 +178,11 @@ class _Player:
     def _read(self, sampled: SampledTurn) -> tuple[Message, list[ToolCall]]:
         ids = sampled.token_ids[:-1] if sampled.ended else sampled.token_ids
         if self.parser is None or not sampled.ended:
-            return {"role": "assistant", "content": self._text(ids, skip_special_tokens=True)}, []
-        content, calls = self.parser.parse(self._text(ids, skip_special_tokens=False))
-        message: Message = {"role": "assistant", "content": content}
-        understood = [call.as_message_part() for call in calls if call.error is None]
-        if understood:
-            message["tool_calls"] = understood
-        return message, calls
+            return assistant_message(self._text(ids, skip_special_tokens=True), []), []
+        content, calls = read_turn(self.parser, self._text(ids, skip_special_tokens=False))
+        return assistant_message(content, calls), calls
 
     def _text(self, ids: list[int], *, skip_special_tokens: bool) -> str:
         return self.renderer.tokenizer.decode(
             ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
-
-    async def _replies(self, game: _Game, calls: Sequence[ToolCall], workers: Workers) -> list[Message]:
-        """The turn's replies; the trajectory has them too, for `stop_reason` to see."""
-        failed = 0
-        replies: list[Message] = []
-        for call in () if self.answers_calls else calls:  # one after the other: they share the rollout's state
-            result = await self.toolbox.call(call, state=game.trajectory.state, workers=workers)
-            failed += result.failed
-            replies.append(_tool_message(call, result))
-        if self.answers_calls or not calls:
-            answer = await workers.run(self._ask, "respond", self.environment.respond, game.trajectory)
-            replies = [dict(message) for message in answer or ()]  # type: ignore[misc]
-            failed = sum(call.error is not None for call in calls)
-        game.set_replies(replies, failed_calls=failed)
-        return replies
-
-    def _rule(self, game: _Game, calls: Sequence[ToolCall], replies: Sequence[Message]) -> StopReason | None:
-        limit = self.environment.max_tool_failures
-        if limit is not None and game.trajectory.failed_calls > limit:
-            return StopReason.TOOL_FAILURES
-        if not calls and not replies:
-            return StopReason.NO_TOOL_CALL if self.environment.tools else StopReason.END_OF_TURN
-        return StopReason.MAX_TURNS if len(game.trajectory.turns) >= self.environment.max_turns else None
-
-    def _ask(self, what: str, method: Callable[..., T], argument: Any) -> T:
-        """Calls a method of the environment; what it raises is the environment's author's to repair."""
-        try:
-            return method(argument)
-        except RlvrError:
-            raise
-        except Exception as error:
-            raise EnvironmentDefinitionError(
-                f"environment {self.environment.name!r} raised {type(error).__name__} in {what}(): {error}"
-            ) from error
-
-
-def _tool_message(call: ToolCall, result: ToolResult) -> Message:
-    message: Message = {"role": "tool", "name": call.name, "content": result.text}
-    if call.call_id is not None:
-        message["tool_call_id"] = call.call_id
-    return message

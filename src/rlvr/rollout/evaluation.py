@@ -6,25 +6,30 @@ first what "solved" means (its weight may be 0).
 
 from __future__ import annotations
 
+import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from math import comb
-from typing import Any
+from typing import Any, Protocol
 
 from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError
 from rlvr.rollout.engine import RolloutEngine
+from rlvr.rollout.intervals import Interval, interval, share_interval
+from rlvr.rollout.tool_calls import ToolCallParser
 from rlvr.types import Example, StopReason, Trajectory
 
 PASSING = 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ScoredTrajectory:
     """An attempt at an example. `reward` and `passed` are None where it does not count: infrastructure failed."""
 
     example: int  # index of the row
+    attempt: int = 0  # at this example, from 0
     trajectory: Trajectory
     rewards: Mapping[str, float | None]
     reward: float | None
@@ -36,12 +41,16 @@ class ScoredTrajectory:
 class Evaluation:
     """What an evaluation found.
 
-    `metrics` maps `reward`, each reward function's name and `pass@1` to means over the examples, and `pass@N` too
-    where there were N > 1 attempts. `groups` has the same for each value of `Environment.group_metrics_by`.
+    `metrics` maps `reward`, each reward function's name and `pass@k` to means over the examples, for k = 1, 2, 4, 8, …
+    and N, the attempts at each. `intervals` has their 95% confidence intervals (see `rlvr.rollout.intervals`), where
+    there are two examples or more. `groups` and `group_intervals` have the same for each value of
+    `Environment.group_metrics_by`.
     """
 
     metrics: dict[str, float]
+    intervals: dict[str, Interval]
     groups: dict[str, dict[str, float]]
+    group_intervals: dict[str, dict[str, Interval]]
     stop_reasons: dict[str, float]  # shares of all attempts
     examples: int
     samples: int
@@ -51,54 +60,118 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """Without the trajectories."""
-        names = ("metrics", "groups", "stop_reasons", "examples", "samples", "excluded", "tokens")
-        return {name: getattr(self, name) for name in names}
+        names = ("metrics", "intervals", "groups", "group_intervals", "stop_reasons")
+        counts = ("examples", "samples", "excluded", "tokens")
+        return {name: getattr(self, name) for name in (*names, *counts)}
+
+
+@dataclass(frozen=True)
+class Played:
+    """A finished rollout. `index`: of the example, among those that were to be played."""
+
+    index: int
+    trajectory: Trajectory
+    tokens: int  # of the completion
+
+
+Plays = Generator[Played, None, None]
+
+
+class Player(Protocol):
+    """Plays an environment with one policy."""
+
+    def play(self, environment: Environment, examples: Sequence[Example], wanted: Sequence[int]) -> Plays:
+        """Plays the examples whose indices are wanted; each is given as soon as it can be, in any order."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalPlayer:
+    """Plays with a policy in this process, a batch after the other.
+
+    Which examples are in a batch, and its seed, do not depend on what is wanted: of a batch that was half kept, all is
+    played again, so that an evaluation that goes on samples what it would have sampled.
+
+    Args:
+        engine_for: the rollout engine, its random numbers set to a seed.
+        renderer: a `ChatRenderer` made with the environment's tools.
+        parser: of tool calls; by default found from the chat template.
+        batch_size: rollouts that are played at the same time.
+        seed: the batches' own seeds follow from it.
+    """
+
+    engine_for: Callable[[int], RolloutEngine]
+    renderer: Any
+    max_completion_tokens: int
+    parser: ToolCallParser | None = None
+    batch_size: int = 64
+    seed: int = 0
+
+    def play(self, environment: Environment, examples: Sequence[Example], wanted: Sequence[int]) -> Plays:
+        from rlvr.rollout.episodes import play
+
+        missing = set(wanted)
+        for start in range(0, len(examples), self.batch_size):
+            batch = range(start, min(start + self.batch_size, len(examples)))
+            if missing.isdisjoint(batch):
+                continue
+            rollouts = play(
+                environment,
+                [examples[index] for index in batch],
+                engine=self.engine_for(_batch_seed(self.seed, start)),
+                renderer=self.renderer,
+                max_completion_tokens=self.max_completion_tokens,
+                parser=self.parser,
+            )
+            for index, rollout in zip(batch, rollouts, strict=True):
+                if index in missing:
+                    yield Played(index, rollout.trajectory, len(rollout.completion_ids))
+
+
+def _batch_seed(seed: int, start: int) -> int:
+    """63 bits, unrelated between batches: attempts at one example may be in several."""
+    return random.Random(f"{seed}/{start}").getrandbits(63)
 
 
 def evaluate_policy(
     environment: Environment,
-    engine: RolloutEngine,
-    renderer: Any,
+    player: Player,
     *,
-    max_completion_tokens: int,
     samples: int = 1,
     limit: int | None = None,
-    batch_size: int = 64,
+    done: Iterable[ScoredTrajectory] = (),
+    keep: Callable[[ScoredTrajectory], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Plays the held-out examples and scores them.
 
     Args:
         environment: its `eval_dataset` is played; the train dataset if there is none.
-        engine: samples; its settings decide between greedy and random.
-        renderer: a `ChatRenderer` made with the environment's tools.
+        player: plays with the policy; its settings decide between greedy and random.
         samples: N, attempts at each example.
         limit: examples to play, from the first; None for all.
-        batch_size: rollouts that are played at the same time.
-        on_progress: called with (attempts played, all).
+        done: attempts made earlier, which are not made again.
+        keep: takes each attempt when it is scored.
+        on_progress: called with (attempts there are, all).
 
     Raises:
         RewardError: a reward function failed.
     """
-    from rlvr.rollout.episodes import play
-
     rows = evaluation_rows(environment, limit)
-    attempts = [index for index in range(len(rows)) for _ in range(samples)]
-    scored: list[ScoredTrajectory] = []
-    for start in range(0, len(attempts), batch_size):
-        batch = attempts[start : start + batch_size]
-        rollouts = play(
-            environment,
-            [rows[index] for index in batch],
-            engine=engine,
-            renderer=renderer,
-            max_completion_tokens=max_completion_tokens,
-        )
-        for index, rollout in zip(batch, rollouts, strict=True):
-            scored.append(score(environment, index, rollout.trajectory, tokens=len(rollout.completion_ids)))
-        if on_progress is not None:
-            on_progress(len(scored), len(attempts))
-    return summarise(environment, rows, scored, samples=samples)
+    attempts = [(example, attempt) for example in range(len(rows)) for attempt in range(samples)]
+    scored = {(item.example, item.attempt): item for item in done}
+    wanted = [index for index, attempt in enumerate(attempts) if attempt not in scored]
+    examples = [rows[example] for example, _ in attempts]
+    with closing(player.play(environment, examples, wanted)) as finished:
+        for played in finished:
+            example, attempt = attempts[played.index]
+            item = score(environment, example, played.trajectory, tokens=played.tokens, attempt=attempt)
+            scored[example, attempt] = item
+            if keep is not None:
+                keep(item)
+            if on_progress is not None:
+                on_progress(len(scored), len(attempts))
+    return summarise(environment, rows, [scored[attempt] for attempt in attempts], samples=samples)
 
 
 def evaluation_rows(environment: Environment, limit: int | None) -> list[Example]:
@@ -106,14 +179,26 @@ def evaluation_rows(environment: Environment, limit: int | None) -> list[Example
     return [dataset[index] for index in range(len(dataset) if limit is None else min(limit, len(dataset)))]
 
 
-def score(environment: Environment, example: int, trajectory: Trajectory, *, tokens: int) -> ScoredTrajectory:
+def score(
+    environment: Environment, example: int, trajectory: Trajectory, *, tokens: int, attempt: int = 0
+) -> ScoredTrajectory:
     rubric = environment.rubric
-    if trajectory.stop_reason is StopReason.INFRASTRUCTURE:
-        return ScoredTrajectory(example, trajectory, dict.fromkeys(rubric.names), None, None, tokens)
-    rewards = rubric.score(trajectory)
-    first = rewards[rubric.names[0]]
-    passed = first is not None and first >= PASSING
-    return ScoredTrajectory(example, trajectory, rewards, rubric.total(rewards), passed, tokens)
+    rewards: dict[str, float | None] = dict.fromkeys(rubric.names)
+    reward = passed = None
+    if trajectory.stop_reason is not StopReason.INFRASTRUCTURE:
+        rewards = rubric.score(trajectory)
+        reward = rubric.total(rewards)
+        first = rewards[rubric.names[0]]
+        passed = first is not None and first >= PASSING
+    return ScoredTrajectory(
+        example=example,
+        attempt=attempt,
+        trajectory=trajectory,
+        rewards=rewards,
+        reward=reward,
+        passed=passed,
+        tokens=tokens,
+    )
 
 
 def summarise(
@@ -125,10 +210,14 @@ def summarise(
         for item in scored:
             value = rows[item.example].get(environment.group_metrics_by)
             groups.setdefault(f"{environment.group_metrics_by}={value}", []).append(item)
+    measured = {name: _measure(members, samples) for name, members in sorted(groups.items())}
     reasons = Counter(str(item.trajectory.stop_reason) for item in scored)
+    metrics, intervals = _measure(scored, samples)
     return Evaluation(
-        metrics=_means(scored, samples),
-        groups={name: _means(members, samples) for name, members in sorted(groups.items())},
+        metrics=metrics,
+        intervals=intervals,
+        groups={name: means for name, (means, _) in measured.items()},
+        group_intervals={name: intervals for name, (_, intervals) in measured.items()},
         stop_reasons={reason: count / len(scored) for reason, count in sorted(reasons.items())},
         examples=len(rows),
         samples=samples,
@@ -150,27 +239,33 @@ def pass_at_k(attempts: int, passed: int, k: int) -> float:
     return 1.0 - comb(attempts - passed, k) / comb(attempts, k)
 
 
-def _means(scored: Sequence[ScoredTrajectory], samples: int) -> dict[str, float]:
-    """Means over the attempts that count. A metric that applied to no attempt is left out."""
-    names = list(scored[0].rewards) if scored else []
-    values = {"reward": [item.reward for item in scored]}
-    values |= {name: [item.rewards[name] for item in scored] for name in names}
-    means = {}
-    for name, column in values.items():
-        applicable = [value for value in column if value is not None]
-        if applicable:
-            means[name] = sum(applicable) / len(applicable)
-    for k in sorted({1, samples}):
-        estimates = _pass_estimates(scored, k)
-        if estimates:
+def _measure(scored: Sequence[ScoredTrajectory], samples: int) -> tuple[dict[str, float], dict[str, Interval]]:
+    """Means over the attempts that count, and their intervals. A metric that applied to no attempt is left out."""
+    values = {"reward": _by_example((item.example, item.reward) for item in scored)}
+    for name in scored[0].rewards if scored else ():
+        values[name] = _by_example((item.example, item.rewards[name]) for item in scored)
+    means = {name: sum(map(sum, lists)) / sum(map(len, lists)) for name, lists in values.items() if lists}
+    intervals = {name: interval(lists) for name, lists in values.items() if lists}
+    outcomes = _by_example((item.example, item.passed) for item in scored)
+    for k in _ks(samples):
+        counted = [passed for passed in outcomes if len(passed) >= k]
+        if counted:
+            estimates = [pass_at_k(len(passed), int(sum(passed)), k) for passed in counted]
             means[f"pass@{k}"] = sum(estimates) / len(estimates)
-    return means
+            made = sum(map(len, counted))
+            intervals[f"pass@{k}"] = share_interval([[estimate] for estimate in estimates], attempts=made)
+    return means, {name: bounds for name, bounds in intervals.items() if bounds is not None}
 
 
-def _pass_estimates(scored: Sequence[ScoredTrajectory], k: int) -> list[float]:
-    """One for each example with k attempts that count."""
-    attempts: dict[int, list[bool]] = {}
-    for item in scored:
-        if item.passed is not None:
-            attempts.setdefault(item.example, []).append(item.passed)
-    return [pass_at_k(len(passed), sum(passed), k) for passed in attempts.values() if len(passed) >= k]
+def _by_example(values: Iterable[tuple[int, float | None]]) -> list[list[float]]:
+    """The values that are there, a list for each example that has any."""
+    lists: dict[int, list[float]] = {}
+    for example, value in values:
+        if value is not None:
+            lists.setdefault(example, []).append(value)
+    return list(lists.values())
+
+
+def _ks(samples: int) -> list[int]:
+    """1, 2, 4, … and the number of attempts."""
+    return [*(2**power for power in range(samples.bit_length()) if 2**power < samples), samples]

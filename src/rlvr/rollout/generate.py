@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -93,10 +94,11 @@ def model_generate(
     Args:
         model: a causal language model, PEFT-wrapped or not. Its training mode is restored.
         tokenizer: gives the padding token; the end token where there is none.
-        seed: draws from a generator of its own, the same at every call; None draws from the process's.
+        seed: draws from random numbers of its own, others at each call; None draws from the process's.
     """
     ends = end_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends)
+    seeds = itertools.count(seed or 0)  # equal seeds would draw the turns of a conversation from equal numbers
 
     def generate(ids: list[list[int]], budgets: list[int]) -> tuple[list[list[int]], None]:
         import torch
@@ -105,7 +107,7 @@ def model_generate(
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices) if seed is not None else nullcontext():
             if seed is not None:
-                torch.manual_seed(seed)
+                torch.manual_seed(next(seeds))
             for start in range(0, len(ids), batch_size):
                 rows, most = ids[start : start + batch_size], max(budgets[start : start + batch_size])
                 sampled += _generate_batch(model, rows, sampling, max_new_tokens=most, ends=ends, pad=pad)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import re
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-from rlvr.errors import EnvironmentDefinitionError
+from rlvr.errors import ConfigError, EnvironmentDefinitionError
+from rlvr.imports import import_named
 from rlvr.types import ToolCall
+
+if TYPE_CHECKING:
+    from rlvr.rollout.chat import ChatRenderer
 
 
 @runtime_checkable
@@ -76,7 +82,7 @@ class MistralParser:
                 call = _read_json(
                     f'{{"name": {json.dumps(named[1])}, "arguments": {named[3]}}}', arguments="arguments"
                 )
-                calls.append(ToolCall(call.name or named[1], call.arguments, call.error, named[2]))
+                calls.append(ToolCall(call.name or named[1], call.arguments, call.error, _call_id(named[2])))
                 continue
             values = _json_values(body.strip(), between=",")
             listed = values[0] if len(values) == 1 and isinstance(values[0], list) else values
@@ -90,27 +96,89 @@ PARSERS: dict[str, ToolCallParser] = {
     "llama3_json": Llama3JsonParser(),
     "mistral": MistralParser(),
 }
+ALLOWED = f"{', '.join(PARSERS)}, or my_module:my_parser of your own, with parse(text) -> (text, calls)"
 
 
-def get_parser(parser: str | ToolCallParser) -> ToolCallParser:
-    """The parser of that name; a parser object is handed back.
+def parser_for(renderer: ChatRenderer, parser: str | ToolCallParser | None) -> ToolCallParser | None:
+    """The parser of conversations: the one asked for, else the one for what the chat template writes.
+
+    Returns:
+        None where there are no tools.
 
     Raises:
-        EnvironmentDefinitionError: no parser has that name, or the object has no `parse`.
+        ConfigError: one was asked for, and there are no tools.
+        EnvironmentDefinitionError: it cannot be used, or none fits the template.
     """
+    asked = asked_parser(parser, has_tools=bool(renderer.tools))
+    if asked is not None or not renderer.tools:
+        return asked
+    return detect_parser(renderer.tokenizer, chat_template=renderer.chat_template)
+
+
+def asked_parser(parser: str | ToolCallParser | None, *, has_tools: bool) -> ToolCallParser | None:
+    """As `parser_for`, without looking at a template: None where none was asked for."""
+    if parser is not None and not has_tools:
+        raise ConfigError(
+            f"tool_call_parser is {parser!r}, and the environment has no tools, so there is nothing to read. "
+            "Leave it out."
+        )
+    return None if parser is None else get_parser(parser)
+
+
+def get_parser(parser: str | ToolCallParser | Callable[[], ToolCallParser]) -> ToolCallParser:
+    """A parser by its name, or by `module:name` of a third party's.
+
+    Args:
+        parser: a name in `PARSERS`; `module:name` or `file.py:name`; a parser, which is handed back; or a class or
+            function that makes one, called without arguments.
+
+    Raises:
+        EnvironmentDefinitionError: no parser has that name, or what was given is none.
+    """
+    label = repr(parser)
     if isinstance(parser, str):
-        if parser not in PARSERS:
+        if parser in PARSERS:
+            return PARSERS[parser]
+        if ":" not in parser:
+            raise EnvironmentDefinitionError(f"unknown tool-call parser {label}; allowed: {ALLOWED}.")
+        parser = import_named(parser, what="tool-call parser")
+    if isinstance(parser, type) or (callable(parser) and not isinstance(parser, ToolCallParser)):
+        try:
+            parser = parser()
+        except Exception as error:
             raise EnvironmentDefinitionError(
-                f"unknown tool-call parser {parser!r}; known: {', '.join(PARSERS)}. An object with "
-                "parse(text) -> (text, calls) may be given instead."
-            )
-        return PARSERS[parser]
+                f"tool-call parser {label} could not be made: {type(error).__name__}: {error}. It is called without "
+                "arguments; give an object, or a class or function that needs none."
+            ) from error
     if not isinstance(parser, ToolCallParser):
         raise EnvironmentDefinitionError(
-            f"a tool-call parser is a name ({', '.join(PARSERS)}) or an object with a method parse; got "
-            f"{type(parser).__name__}."
+            f"tool-call parser {label} is of type {type(parser).__name__}, which has no method parse; "
+            f"allowed: {ALLOWED}."
         )
     return parser
+
+
+def read_turn(parser: ToolCallParser, text: str) -> tuple[str, list[ToolCall]]:
+    """What `parser.parse` makes of a turn.
+
+    Raises:
+        EnvironmentDefinitionError: the parser raised, or gave something else than a text and calls.
+    """
+    try:
+        content, found = parser.parse(text)
+        calls = list(found)
+    except Exception as error:
+        raise EnvironmentDefinitionError(
+            f"tool-call parser {type(parser).__name__} raised {type(error).__name__}: {error}. What cannot be read is "
+            f"a ToolCall with an error, for the model to see.\n  text: {text[:300]!r}"
+        ) from error
+    if not isinstance(content, str) or not all(isinstance(call, ToolCall) for call in calls):
+        kinds = ", ".join(dict.fromkeys(type(call).__name__ for call in calls)) or "none"
+        raise EnvironmentDefinitionError(
+            f"tool-call parser {type(parser).__name__} gave a text of type {type(content).__name__} and calls of type "
+            f"{kinds}; parse returns a str and rlvr.ToolCall objects."
+        )
+    return content, calls
 
 
 def detect_parser(tokenizer: Any, *, chat_template: str | None = None) -> ToolCallParser:
@@ -129,9 +197,19 @@ def detect_parser(tokenizer: Any, *, chat_template: str | None = None) -> ToolCa
     if "<|python_tag|>" in template or ("ipython" in template and '"parameters"' in template):
         return PARSERS["llama3_json"]
     raise EnvironmentDefinitionError(
-        "the chat template writes tool calls in no format that is known here, so a parser must be named: "
-        f"tool_call_parser one of {', '.join(PARSERS)}, or an object with parse(text) -> (text, calls)."
+        "the chat template writes tool calls in no format that is known here, so --tool-call-parser must name a "
+        f"parser: {ALLOWED}."
     )
+
+
+def structured_call(part: Any) -> ToolCall:
+    """A call as an OpenAI-compatible server gives it: `{"id", "function": {"name", "arguments": "{...}"}}`."""
+    function = part.get("function") if isinstance(part, dict) else None
+    if not isinstance(function, dict):
+        return ToolCall("", error=f"a tool call has a name and arguments, got {json.dumps(part)[:100]}")
+    call = _call_from({**function, "arguments": function.get("arguments") or {}}, arguments="arguments")
+    call_id = part.get("id")
+    return dataclasses.replace(call, call_id=call_id if isinstance(call_id, str) and call_id else None)
 
 
 def _read_json(text: str, *, arguments: str) -> ToolCall:
@@ -143,19 +221,30 @@ def _read_json(text: str, *, arguments: str) -> ToolCall:
 
 def _json_values(text: str, *, between: str) -> list[Any]:
     """The JSON values of a text in order; the first that cannot be read is its error, and the last."""
-    decoder = json.JSONDecoder()
     values: list[Any] = []
     rest = text
     while rest or not values:
         try:
-            value, end = decoder.raw_decode(rest)
-        except (json.JSONDecodeError, RecursionError) as error:
+            value, end = _decode(rest)
+        except (ValueError, RecursionError) as error:
             return [*values, error]
         values.append(value)
         rest = rest[end:].strip()
         if rest and between and rest.startswith(between):
             rest = rest[len(between) :].strip()
     return values
+
+
+def _decode(text: str) -> tuple[Any, int]:
+    """The JSON value that a text begins with, and where it ends.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or holds what Python reads and nothing else takes: NaN, infinity,
+            half of a surrogate pair.
+    """
+    value, end = json.JSONDecoder().raw_decode(text)
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    return value, end
 
 
 def _call_from(value: Any, *, arguments: str) -> ToolCall:
@@ -165,9 +254,14 @@ def _call_from(value: Any, *, arguments: str) -> ToolCall:
         return ToolCall("", error=f'a tool call is a JSON object with "name" and "{arguments}"')
     given = value.get(arguments, value.get("arguments", value.get("parameters", {})))
     if isinstance(given, str):  # some models write the arguments as JSON inside a string
-        with contextlib.suppress(json.JSONDecodeError):
-            given = json.loads(given)
-    call_id = value.get("id")
+        with contextlib.suppress(ValueError, RecursionError):
+            decoded, end = _decode(given.strip())
+            given = decoded if end == len(given.strip()) else given
     if not isinstance(given, dict):
         return ToolCall(value["name"], error=f'"{arguments}" must be a JSON object, got {json.dumps(given)[:100]}')
-    return ToolCall(value["name"], given, call_id=call_id if isinstance(call_id, str) else None)
+    return ToolCall(value["name"], given, call_id=_call_id(value.get("id")))
+
+
+def _call_id(value: Any) -> str | None:
+    """An id as Mistral's templates take it: nine letters or digits. They refuse a conversation with any other."""
+    return value if isinstance(value, str) and re.fullmatch("[A-Za-z0-9]{9}", value) else None

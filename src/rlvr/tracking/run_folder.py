@@ -3,13 +3,16 @@
     config.yaml          the resolved settings: `rlvr train --config` repeats the run
     versions.json        Python, packages, device and seeds
     policy.json          what the backend applied and changed
+    origin.json          what identifies the base model; the hash of the weights that training started from
     metrics.jsonl        a row for each logged step
     trajectories.jsonl   a row for each trajectory, evaluation included
     checkpoints/         checkpoint-<step>
     adapter/ or model/   the trained policy
     summary.json         evaluation before and after, steps, time, tokens
+    exports/             what `rlvr export` wrote; exports.jsonl has a row for each
 
-Nothing is written over: rows are appended, and a folder that holds another run is refused.
+What is saved holds a `lineage.json`: the hash of its weights, and those of its files (`lineage.py`). Nothing is
+written over: rows are appended, and a folder that holds another run is refused.
 """
 
 from __future__ import annotations
@@ -88,6 +91,11 @@ class RunFolder:
         self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
         self._write_new(f"policy{suffix}.json", _json(policy, indent=2))
 
+    def add_origin(self, origin: Mapping[str, Any]) -> None:
+        """Where the weights of the part that has begun come from (`lineage.py`)."""
+        if _is_main_process():
+            self._write_new(self._part("origin", ".json").name, _json(origin, indent=2) + "\n")
+
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
@@ -104,16 +112,60 @@ class RunFolder:
         if _is_main_process():
             (self.path / "summary.json").write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
 
+    def add_export(self, row: Mapping[str, Any]) -> None:
+        self._append("exports.jsonl", [row])
+
+    def parts(self) -> int:
+        """How often it was begun: 1, and 1 more for each time that it was resumed.
+
+        Raises:
+            RunFolderError: there is no run in the folder.
+        """
+        if not (self.path / "config.yaml").is_file():
+            raise RunFolderError(
+                f"there is no run in {str(self.path)!r}: it has no config.yaml. Give a folder that 'rlvr train' made, "
+                "for example outputs/my-run."
+            )
+        return 1 + len(list(self.path.glob("config.resumed-*.yaml")))
+
     def config(self) -> dict[str, Any]:
         """The settings of the run; of its latest part, where it was resumed."""
         import yaml
 
-        resumed = len(list(self.path.glob("config.resumed-*.yaml")))
-        name = f"config.resumed-{resumed}.yaml" if resumed else "config.yaml"
-        return yaml.safe_load((self.path / name).read_text(encoding="utf-8"))
+        return yaml.safe_load(self._part("config", ".yaml").read_text(encoding="utf-8"))
+
+    def policy(self) -> dict[str, Any]:
+        """What the backend applied and changed, in the latest part."""
+        return json.loads(self._part("policy", ".json").read_text(encoding="utf-8"))
+
+    def versions(self) -> dict[str, Any]:
+        """Of the latest part."""
+        return json.loads(self._part("versions", ".json").read_text(encoding="utf-8"))
+
+    def origin(self, part: int) -> dict[str, Any]:
+        """Of a part counted from 1; empty where it did not come so far."""
+        path = self._part("origin", ".json", part)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
     def summary(self) -> dict[str, Any]:
         return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def trained(self) -> Path | None:
+        """The folder of the trained policy: its adapter, or all its weights. None where the run has not finished."""
+        folders = [self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()]
+        return folders[0] if folders and (self.path / "summary.json").is_file() else None
+
+    def saved_checkpoints(self) -> dict[int, Path]:
+        """Step → folder, in the order of steps. Those cut off while they were written are left out."""
+        found = {
+            int(match[1]): folder
+            for folder in self.checkpoints.glob("checkpoint-*")
+            if (match := _CHECKPOINT.fullmatch(folder.name)) and (folder / "trainer_state.json").is_file()
+        }
+        return dict(sorted(found.items()))
+
+    def exports(self) -> Iterator[dict[str, Any]]:
+        return self._rows("exports.jsonl")
 
     def metrics(self) -> Iterator[dict[str, Any]]:
         """Rows in the order written; a resumed run may have gone through some steps twice."""
@@ -121,6 +173,10 @@ class RunFolder:
 
     def trajectories(self) -> Iterator[dict[str, Any]]:
         return self._rows("trajectories.jsonl")
+
+    def _part(self, name: str, suffix: str, part: int | None = None) -> Path:
+        part = self.parts() if part is None else part
+        return self.path / (f"{name}{suffix}" if part == 1 else f"{name}.resumed-{part - 1}{suffix}")
 
     def _write_new(self, name: str, text: str) -> None:
         with open(self.path / name, "x", encoding="utf-8") as file:
@@ -167,11 +223,7 @@ def find_checkpoint(asked: str, output_dir: str | Path | None) -> tuple[Path, Pa
         raise RunFolderError(
             "--resume-from-checkpoint last needs --output-dir or --run-name, to know whose newest checkpoint is meant."
         )
-    found = {
-        int(match[1]): folder
-        for folder in Path(output_dir, "checkpoints").glob("checkpoint-*")
-        if (match := _CHECKPOINT.fullmatch(folder.name)) and (folder / "trainer_state.json").is_file()
-    }
+    found = RunFolder(Path(output_dir)).saved_checkpoints()
     if not found or not Path(output_dir, "config.yaml").is_file():
         raise RunFolderError(
             f"there is nothing to resume from: {str(output_dir)!r} holds no run with a checkpoint. "

@@ -15,6 +15,7 @@ class TrajectoryRecord:
 
     `step` counts the optimizer steps that the policy had seen. `group` numbers the groups of a process over the run;
     trajectories that share a prompt share it. `reward` is the weighted sum, None where no reward function applied.
+    `adapter` is the hash of the weights that sampled it (`adapter_hash.py`), None where it is not known.
     """
 
     step: int
@@ -26,6 +27,7 @@ class TrajectoryRecord:
     reward: float | None
     advantage: float | None
     stop_reason: str | None
+    adapter: str | None = None
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

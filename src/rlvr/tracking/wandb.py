@@ -14,7 +14,9 @@ class WandbTrajectories:
     the run has started (an evaluation before training) wait for it.
     """
 
-    FIXED_COLUMNS = ("step", "phase", "group", "prompt", "completion", "reward", "advantage", "stop_reason")
+    FIXED_COLUMNS = (
+        *("step", "phase", "group", "prompt", "completion", "reward", "advantage", "stop_reason", "adapter"),
+    )
 
     def __init__(self, reward_names: list[str]):
         self._reward_names = list(reward_names)
@@ -47,5 +49,6 @@ class WandbTrajectories:
             record.reward,
             record.advantage,
             record.stop_reason,
+            record.adapter,
             *(record.rewards.get(name) for name in self._reward_names),
         ]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     _Base: Any  # trl.GRPOTrainer, found when an instance is made
+    from rlvr.rollout.tool_calls import ToolCallParser
     from rlvr.trainers.engines import RolloutEngineName
     from rlvr.trainers.log_probabilities import SharedPrefix
 else:
@@ -48,6 +49,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         env: the environment. `train_dataset` and `eval_dataset` default to its own; `reward_funcs` are added to its
             rubric. Not together with `tools`, `rollout_func` or `environment_factory`.
         rollout_engine: what samples. `auto` takes the fastest that supports the model and the sampling options.
+        tool_call_parser: how the tool calls of `env` are read: hermes, llama3_json, mistral, `my_module:my_parser`, or
+            an object with `parse(text) -> (text, calls)`; by default found from the chat template.
         shared_prefix: whether the training forward computes each distinct prompt of a micro-batch once.
         canary_every: optimizer steps between checks that the sampler follows the policy; 0 for one at the first
             rollout only.
@@ -81,6 +84,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         *,
         env: Environment | None = None,
         rollout_engine: RolloutEngineName = "auto",
+        tool_call_parser: str | ToolCallParser | None = None,
         shared_prefix: SharedPrefix = "auto",
         canary_every: int = 0,
         trajectory_sinks: Sequence[TrajectorySink] = (),
@@ -107,6 +111,11 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         functions = [checked(function) for function in functions]
         self.env = env
+        if env is None and tool_call_parser is not None:
+            raise ConfigError(
+                f"tool_call_parser is {tool_call_parser!r}, and there is no env: it reads the tool calls of an "
+                "environment of rlvr. Leave it out, or give env."
+            )
         if env is not None:
             _refuse_with_env(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             self._examples = ExampleStore(env)
@@ -144,7 +153,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             self._set_own_reference(beta, syncs)
         self._set_up_tracking(trajectory_sinks)
         self._set_up_shared_prefix(shared_prefix)
-        self._set_up_rollouts(rollout_engine, canary_every)
+        self._set_up_rollouts(rollout_engine, canary_every, tool_call_parser)
 
     # ------------------------------------------------------------------ scoring and records
 
@@ -154,6 +163,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             inputs = [{**example, **row} for example, row in zip(self._batch_examples, inputs, strict=True)]
         output = super()._generate_and_score_completions(inputs)
         training = self.model.training
+        recorded = bool(self._recorder.sinks) and self.accelerator.is_main_process
         self._recorder.record(
             self._scored,
             output["advantages"],
@@ -163,6 +173,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             reward_names=self.reward_func_names,
             reward_weights=self.reward_weights.tolist(),
             is_main_process=self.accelerator.is_main_process,
+            adapter=self._hashes.at(self.state.global_step) if recorded else None,
         )
         return output
 
@@ -198,11 +209,15 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
     # ------------------------------------------------------------------ tracking
 
     def _set_up_tracking(self, sinks: Sequence[TrajectorySink]) -> None:
+        from rlvr.trainers.policy_hashes import PolicyHashes
         from rlvr.trainers.recording import TrajectoryRecorder
         from rlvr.trainers.training_check import TrainingCheck
 
-        self._training_check = TrainingCheck(self.accelerator.unwrap_model(self.model))
+        policy = self.accelerator.unwrap_model(self.model)
+        self._training_check = TrainingCheck(policy)
+        self._hashes = PolicyHashes(policy)
         self.add_callback(self._training_check.callback())
+        self.add_callback(self._hashes.callback())
         self._recorder = TrajectoryRecorder(sinks)
         if "wandb" in (self.args.report_to or ()):
             from rlvr.tracking.wandb import WandbTrajectories
@@ -218,6 +233,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         except (RewardError, FrozenTrainingError, SamplerDriftError):
             if self.optimizer is not None:
                 self._save_checkpoint(self.model, trial=None)
+                self.callback_handler.on_save(self.args, self.state, self.control)
                 logger.error(
                     "the run stops; its state is saved as checkpoint-%d in %s",
                     self.state.global_step,

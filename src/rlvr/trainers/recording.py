@@ -43,11 +43,13 @@ class TrajectoryRecorder:
         reward_names: Sequence[str],
         reward_weights: Sequence[float],
         is_main_process: bool,
+        adapter: str | None,
     ) -> None:
         """
         Args:
             advantages: (B,), of this process's rows.
             step: optimizer steps that the policy has seen.
+            adapter: the hash of the policy that sampled the batch, where it is known.
         """
         if not self.sinks:
             return
@@ -76,6 +78,7 @@ class TrajectoryRecorder:
                     reward=sum(weighted) if weighted else None,
                     advantage=advantage,
                     stop_reason=stop_reason,
+                    adapter=adapter,
                 )
             )
         for sink in self.sinks:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from rlvr.environments.base import Environment
     from rlvr.rollout.engine import RolloutEngine
+    from rlvr.rollout.tool_calls import ToolCallParser
     from rlvr.trainers.engines import RolloutEngineName
     from rlvr.types import Example
 else:
@@ -30,7 +31,12 @@ class RolloutMixin(_Base):
     engine: RolloutEngine
     _batch_examples: list[Example]
 
-    def _set_up_rollouts(self, rollout_engine: RolloutEngineName, canary_every: int) -> None:
+    def _set_up_rollouts(
+        self,
+        rollout_engine: RolloutEngineName,
+        canary_every: int,
+        tool_call_parser: str | ToolCallParser | None,
+    ) -> None:
         from rlvr.trainers.engines import choose_engine
 
         choice = choose_engine(self, rollout_engine)
@@ -40,10 +46,12 @@ class RolloutMixin(_Base):
             logger.warning("rollouts use plain generate, not the grouped engine: %s.", choice.fallback)
         if self.env is not None:
             from rlvr.rollout.chat import ChatRenderer
+            from rlvr.rollout.tool_calls import parser_for
 
             self._renderer = ChatRenderer(
                 self.processing_class, tools=self.env.tools, chat_template_kwargs=self.chat_template_kwargs
             )
+            self._parser = parser_for(self._renderer, tool_call_parser)
 
     def sample_with_trl(
         self, full_ids: list[list[int]], max_new_tokens: list[int]
@@ -120,6 +128,7 @@ class RolloutMixin(_Base):
             engine=self.engine,
             renderer=self._renderer,
             max_completion_tokens=self.max_completion_length,
+            parser=self._parser,
         )
         self._log_rollouts([rollout.trajectory for rollout in rollouts])
         prompt_ids = [rollout.prompt_ids for rollout in rollouts]

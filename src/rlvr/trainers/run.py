@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -15,10 +16,17 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import TrainSettings, merge, read_config, settings_from
 from rlvr.environments.base import Environment
+from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
+from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
+from rlvr.tracking.adapter_hash import adapter_hash
+from rlvr.tracking.hub import require_token
+from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
-from rlvr.trainers.evaluate import Evaluator, loaded_policy_problems
+from rlvr.trainers.evaluator import Evaluator
+from rlvr.trainers.players import backend_name, loaded_policy_problems
+from rlvr.trainers.policy_hashes import origin
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +86,7 @@ def train(
         "env": env.name if isinstance(env, Environment) else env,
         "env_options": dict(env_options) if env_options else None,
         "model": model.settings.model if isinstance(model, LoadedPolicy) else model,
-        "backend": backend if isinstance(backend, str) or backend is None else _backend_name(backend),
+        "backend": backend if isinstance(backend, str) or backend is None else backend_name(backend),
     }
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
@@ -92,6 +100,11 @@ def train(
         named_kinds = (str, Path, type(None))
         return train_isolated(
             resolved, **{name: value for name, value in objects.items() if not isinstance(value, named_kinds)}
+        )
+    if isinstance(env, Environment) and resolved.env_options:
+        raise ConfigError(
+            f"options were given for an environment that exists already: {', '.join(resolved.env_options)}. "
+            "Make it with them: rlvr.load_environment(name, **options)."
         )
     return train_with(
         resolved,
@@ -150,14 +163,16 @@ def train_with(
     try:
         # The backend comes first: it may have to be imported before what an environment imports.
         backend = load_backend(backend if backend is not None else settings.backend)
-        environment = load_environment(environment or settings.env, **settings.env_options)
+        environment = environment or load_environment(settings.env, **settings.env_options)
+        check_tools(environment.tools)
+        parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
-            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks)
+            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks, parser)
     finally:
         folder.release_if_unused()
 
@@ -171,6 +186,7 @@ def _train(
     arguments: dict[str, Any],
     folder: RunFolder,
     callbacks: Sequence[Any],
+    parser: ToolCallParser | None,
 ) -> Run:
     from transformers import PrinterCallback
     from trl import GRPOConfig
@@ -179,7 +195,7 @@ def _train(
     from rlvr.trainers import EnhancedGRPOTrainer
 
     evaluator = Evaluator(
-        environment, backend, policy, settings, keep=folder.add_trajectories, add_row=folder.add_metrics
+        environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
     )
     progress = ProgressDisplay()
     trainer = EnhancedGRPOTrainer(
@@ -190,6 +206,7 @@ def _train(
         args=GRPOConfig(**arguments),
         callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
         rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
+        tool_call_parser=parser,
         shared_prefix=settings.shared_prefix,  # type: ignore[arg-type]
         canary_every=settings.canary_every,
         trajectory_sinks=[folder.add_trajectories],
@@ -198,6 +215,7 @@ def _train(
     if settings.eval_every:
         trainer.add_callback(evaluator.callback(every=settings.eval_every, trainer=trainer))
 
+    folder.add_origin(origin(policy, folder.resume_from))  # once the trainer is made: TRL may round adapters
     began = time.monotonic()
     before = evaluator.run(step=0) if settings.resume_from_checkpoint is None else None
     try:
@@ -205,10 +223,14 @@ def _train(
     finally:
         progress.close()
     after = evaluator.run(step=trainer.state.global_step)
+    trained = adapter_hash(policy.model)
     if trainer.is_world_process_zero():
-        backend.save(policy, folder.path / ("model" if policy.settings.full_finetuning else "adapter"))
+        saved = folder.path / ("model" if policy.settings.full_finetuning else "adapter")
+        backend.save(policy, saved)
+        write_record(saved, adapter=trained, step=trainer.state.global_step)
     summary = {
         **_training_facts(trainer, settings, environment),
+        "adapter": trained,
         "seconds": time.monotonic() - began,
         "eval_before": before.metrics if before else _earlier_evaluation(folder),
         "eval_after": after.metrics if after else {},
@@ -364,10 +386,7 @@ def _check_services(settings: TrainSettings) -> None:
             "or use --rollout-engine auto."
         )
     if settings.push_to_hub:
-        from huggingface_hub import get_token
-
-        if get_token() is None:
-            raise ConfigError("push_to_hub is on, and no Hugging Face token was found. Log in with 'hf auth login'.")
+        require_token()
 
 
 def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
@@ -376,13 +395,11 @@ def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
         part.push_to_hub(name)  # type: ignore[arg-type]
 
 
-def _backend_name(backend: ModelBackend) -> str:
-    return getattr(backend, "name", type(backend).__name__)
-
-
 def _new_run_name(settings: TrainSettings, backend: str) -> str:
     parts = [settings.env, Path(settings.model or "").name, backend, time.strftime("%Y%m%d-%H%M%S")]
-    return "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    name = "-".join(re.sub(r"[^A-Za-z0-9._]+", "-", part).strip("-") for part in parts if part)
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))  # several in one second
+    return next(candidate for candidate in names if not (Path("outputs") / candidate).exists())
 
 
 def _default_output_dir(run_name: str | None) -> str | None:

@@ -52,7 +52,10 @@ class HFBackend:
         on_cuda = torch.cuda.is_available()
         has_bitsandbytes = on_cuda and find_spec("bitsandbytes") is not None
         has_flash = on_cuda and is_flash_attn_2_available()
-        notes = ["an inference engine beside the model (fast_inference) is not part of this backend."]
+        notes = [
+            "an inference engine beside the model (fast_inference) is not part of this backend.",
+            "merged-4bit is not part of this backend: bitsandbytes quantizes a merged-16bit model as it is loaded.",
+        ]
         if not has_bitsandbytes:
             notes.append('4bit and 8bit need a CUDA GPU and bitsandbytes: pip install "rlvr[quantization]".')
         if not has_flash:

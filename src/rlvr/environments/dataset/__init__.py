@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
 import random
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rlvr.environments.base import Environment
 from rlvr.environments.loading import Row, load_rows
 from rlvr.errors import DataError, EnvironmentDefinitionError
+from rlvr.imports import import_named
 from rlvr.rewards.rubric import RewardFunction, Rubric, WeightedReward
 from rlvr.rewards.text import answer_in, contains_answer, exact_match, f1
 from rlvr.types import Trajectory
@@ -97,25 +94,15 @@ def load_reward(spec: str) -> RewardFunction:
     """The reward function that `module:function` or `file.py:function` names, as one that takes a trajectory.
 
     Raises:
-        EnvironmentDefinitionError: it cannot be found or loaded.
+        EnvironmentDefinitionError: it cannot be found or loaded, or is no function.
     """
-    module_name, _, function_name = spec.rpartition(":")
-    if not module_name or not function_name:
+    if ":" not in spec:
         raise EnvironmentDefinitionError(
             f"unknown reward {spec!r}; allowed: {', '.join(REWARDS)}, or 'module:function' of your own."
         )
-    try:
-        module = _import_file(module_name) if module_name.endswith(".py") else _import_from_here(module_name)
-    except Exception as error:
-        raise EnvironmentDefinitionError(
-            f"the module of reward {spec!r} cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
-    function = getattr(module, function_name, None)
+    function = import_named(spec, what="reward")
     if not callable(function):
-        known = [name for name, value in vars(module).items() if inspect.isfunction(value)]
-        raise EnvironmentDefinitionError(
-            f"module {module_name!r} has no function {function_name!r}; its functions: {', '.join(known) or 'none'}."
-        )
+        raise EnvironmentDefinitionError(f"reward {spec!r} is of type {type(function).__name__}; name a function.")
     return from_trl(function) if _is_trl_style(function) else function
 
 
@@ -141,24 +128,6 @@ def from_trl(function: Callable[..., Any]) -> RewardFunction:
 
 def _is_trl_style(function: Callable[..., Any]) -> bool:
     return "completions" in inspect.signature(function).parameters
-
-
-def _import_from_here(name: str) -> Any:
-    """Modules in the working directory count, as with `python -m`; the installed command leaves it out."""
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.pop(0)
-
-
-def _import_file(path: str) -> Any:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _check(

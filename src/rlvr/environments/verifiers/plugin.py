@@ -27,7 +27,7 @@ def rlvr_environment(variant: str = "", env_args: str = "{}") -> Environment:
         raise ConfigError(f"env_args is {env_args!r}, which is not JSON: {error}") from error
     if not isinstance(arguments, dict):
         raise ConfigError(f"env_args is {env_args!r}; it must be a JSON object.")
-    from rlvr.environments.verifiers import load_verifiers
+    from rlvr.environments.verifiers.adapter import load_verifiers
 
     return load_verifiers(variant, arguments=arguments)
 

@@ -90,6 +90,10 @@ class GroupedEngine:
         """Why the engine cannot take this model, in one line; None if it can."""
         return unsupported(model, sampling)
 
+    def reseed(self, seed: int) -> None:
+        """Sets the random numbers to where an engine with this seed begins."""
+        self._generator.manual_seed(seed)
+
     @contextmanager
     def open(self, prompt_ids: Sequence[Sequence[int]], *, max_completion_tokens: int) -> Iterator[GroupedSession]:
         """As `RolloutEngine.open`. While it is open, the model must not be used otherwise.

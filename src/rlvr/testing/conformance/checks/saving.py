@@ -8,25 +8,11 @@ from typing import Any
 import torch
 
 from rlvr.backends.protocol import LoadedPolicy
-from rlvr.testing.conformance.context import (
-    CheckFailed,
-    Context,
-    expect,
-    first_line,
-    logits,
-    refusal,
-    shake,
-    token_logprobs,
-    tokens,
-)
+from rlvr.exporting.parity import Expected, compare, logprobs, tolerance
+from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
 
-TOLERANCE = {"adapter": 1e-4, "merged-16bit": 5e-2, "merged-4bit": 0.5, "gguf": 0.5}
-"""Mean absolute difference of token log-probabilities, in nats. A merged float32 policy is rounded to 16 bits."""
-
-GREEDY_TOKENS = 6
-_TRAINED = (
-    4  # times the tolerance: by so much the trained policy differs from its base, for an untrained export to show
-)
+_TRAINED = 4
+"""Times the tolerance: by so much the trained policy differs from its base, for an untrained export to show."""
 
 
 def export(context: Context, export_format: Any) -> str:
@@ -38,57 +24,34 @@ def export(context: Context, export_format: Any) -> str:
         left = _files(folder)
         expect(not left, f"the refused export left files that look like a model: {', '.join(left)}")
         return "refused"
-    allowed = TOLERANCE[export_format]
-    ids = tokens(policy)
-    base = token_logprobs(logits(context, context.policy()), ids)
-    wanted = token_logprobs(logits(context, policy), ids)
+    allowed, texts = tolerance(export_format, policy), tokens(policy).tolist()
+    base = logprobs(_inferring(context, context.policy()), texts)
+    model = _inferring(context, policy)
     for seed in range(2, 8):
-        if (wanted - base).abs().mean() > _TRAINED * allowed:
+        if (logprobs(model, texts) - base).abs().mean() > _TRAINED * allowed.error:
             break
-        shake(policy.model, scale=0.1, seed=seed)
-        wanted = token_logprobs(logits(context, policy), ids)
-    greedy = _greedy(context, policy, ids)
+        shake(model, scale=0.1, seed=seed)
+    expected = Expected.of(model, texts)
     try:
         context.backend.save(policy, folder, export_format)
     except Exception as error:
         raise CheckFailed(f"it is claimed, and save raised {type(error).__name__}: {first_line(error)}") from error
     expect(
-        torch.equal(token_logprobs(logits(context, policy), ids), wanted),
+        torch.equal(logprobs(_inferring(context, policy), texts), expected.logprobs),
         "saving has changed the policy that was saved",
     )
     loaded = context.backend.load_saved(folder, policy.settings)
-    return _compare(context, loaded, ids, wanted=wanted, base=base, greedy=greedy, allowed=allowed) + _trainability(
-        context, policy, folder, export_format
+    parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
+    expect(not parity.problems, f"loaded back, it is another policy: {'; '.join(parity.problems)}")
+    return (
+        f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
+        + _trainability(context, policy, folder, export_format)
     )
 
 
-def _compare(
-    context: Context,
-    loaded: LoadedPolicy,
-    ids: torch.Tensor,
-    *,
-    wanted: torch.Tensor,
-    base: torch.Tensor,
-    greedy: torch.Tensor,
-    allowed: float,
-) -> str:
-    """Raises if the loaded policy is another one; what is expected was computed before it was saved."""
-    found = token_logprobs(logits(context, loaded), ids)
-    error, from_base = (found - wanted).abs().mean().item(), (found - base).abs().mean().item()
-    lost = " It is the base model: what was trained is lost." if from_base < error else ""
-    expect(
-        error <= allowed,
-        f"loaded back, log-probabilities differ from the saved policy's by {error:.2g} nats on average; allowed: "
-        f"{allowed:g}.{lost}",
-    )
-    after = logits(context, loaded, greedy)[:, ids.shape[1] - 1 : -1]
-    chosen = greedy[:, ids.shape[1] :, None].cpu()
-    gap = (after.max(-1).values - after.gather(-1, chosen).squeeze(-1)).max().item()
-    expect(
-        gap <= 4 * allowed,
-        f"loaded back, greedy decoding chooses other tokens: the saved policy's are {gap:.2g} nats from the best",
-    )
-    return f"mean difference {error:.1g} nats (the base model: {from_base:.1g}), same greedy tokens"
+def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
+    context.backend.for_inference(policy)
+    return policy.model
 
 
 def _trainability(context: Context, policy: LoadedPolicy, folder: Path, export_format: str) -> str:
@@ -107,14 +70,6 @@ def _trainability(context: Context, policy: LoadedPolicy, folder: Path, export_f
         f"load_saved(trainable=True) has {again:,} trainable parameters; the saved policy has {trainable(policy):,}",
     )
     return ", trains on"
-
-
-def _greedy(context: Context, policy: LoadedPolicy, ids: torch.Tensor) -> torch.Tensor:
-    """`ids` with the likeliest tokens after them, one full forward each: no cache, no sampler."""
-    for _ in range(GREEDY_TOKENS):
-        best = logits(context, policy, ids)[:, -1:].argmax(-1)
-        ids = torch.cat([ids, best.to(ids.device)], dim=1)
-    return ids
 
 
 def _files(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""A stranger's backend: `docs/write-a-backend.md` is followed to the letter, with a built wheel of ours.
+"""A stranger's backend and environment: the pages that build them are followed to the letter, with our wheel.
 
-The blocks of the page are taken in order. One with a title is added to that file; shell and Python are run, and a text
+The blocks of a page are taken in order. One with a title is added to that file; shell and Python are run, and a text
 block says what the last one printed.
 """
 
@@ -14,18 +14,27 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.timeout(900)  # about ten processes, each of which imports torch
+pytestmark = pytest.mark.timeout(900)  # about ten processes a page, each of which imports torch
 
 ROOT = Path(__file__).parents[1]
-EXAMPLE = ROOT / "examples" / "third_party_backend"
-PAGE = (ROOT / "docs" / "write-a-backend.md").read_text(encoding="utf-8")
+KINDS = ("backend", "environment")
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+
+
+def example_of(kind):
+    return ROOT / "examples" / f"third_party_{kind}"
+
+
+def blocks_of(kind):
+    article = "an" if kind == "environment" else "a"
+    return BLOCK.findall((ROOT / "docs" / f"write-{article}-{kind}.md").read_text(encoding="utf-8"))
 
 
 @dataclass
 class Followed:
-    """The page's files as written, and what each shell or Python block printed beside what the page says."""
+    """A page's files as written, and what each shell or Python block printed beside what the page says."""
 
+    kind: str
     folder: Path
     outputs: list[tuple[str, str]] = field(default_factory=list)
     expected: list[tuple[str, str]] = field(default_factory=list)
@@ -39,8 +48,8 @@ def added(file, piece):
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """A process environment with a fresh folder for packages, into which our wheel is installed, and no network."""
+def variables(tmp_path_factory):
+    """Of processes: a fresh folder for packages, into which our wheel and then the examples go, and no network."""
     packages = tmp_path_factory.mktemp("packages")
     wheels = tmp_path_factory.mktemp("wheels")
     scripts = tmp_path_factory.mktemp("scripts")
@@ -73,10 +82,10 @@ def run(command, folder, variables):
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def followed(tmp_path_factory, environment):
-    page = Followed(tmp_path_factory.mktemp("page"))
-    for language, title, body in BLOCK.findall(PAGE):
+@pytest.fixture(scope="module", params=KINDS)
+def followed(request, tmp_path_factory, variables):
+    page = Followed(request.param, tmp_path_factory.mktemp(request.param))
+    for language, title, body in blocks_of(request.param):
         file = page.folder / title
         if title:
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +97,7 @@ def followed(tmp_path_factory, environment):
             if language == "python":
                 (page.folder / "block.py").write_text(body, encoding="utf-8")
                 command = "python block.py"
-            page.outputs.append((body, run(command, page.folder, environment)))
+            page.outputs.append((body, run(command, page.folder, variables)))
     return page
 
 
@@ -100,27 +109,32 @@ def test_the_commands_print_what_the_page_says(followed):
 
 
 def test_the_files_of_the_page_are_the_example(followed):
-    files = {file.relative_to(EXAMPLE) for kind in ("*.py", "*.toml") for file in EXAMPLE.rglob(kind)}
-    assert {Path(title) for _, title, _ in BLOCK.findall(PAGE) if title} == files
+    example = example_of(followed.kind)
+    files = {file.relative_to(example) for kind in ("*.py", "*.toml") for file in example.rglob(kind)}
+    assert {Path(title) for _, title, _ in blocks_of(followed.kind) if title} == files
     for name in files:
-        assert (followed.folder / name).read_text() == (EXAMPLE / name).read_text(), name
+        assert (followed.folder / name).read_text() == (example / name).read_text(), name
 
 
-def test_it_is_small():
-    files = [EXAMPLE / "pyproject.toml", *(EXAMPLE / "src").rglob("*.py")]
-    assert sum(len(file.read_text().splitlines()) for file in files) < 150
-
-
-@pytest.mark.slow
-def test_it_passes_every_check(followed, environment):
-    report = json.loads(run("rlvr backends check gguf --model tiny --json", followed.folder, environment))
-    assert report["ok"], report
-    assert report["model"] == "tiny"
-
-
-def test_our_wheel_was_used_and_the_run_trained(followed, environment):
-    where = run("python -c 'import rlvr; print(rlvr.__file__)'", followed.folder, environment)
-    assert Path(where.strip()).is_relative_to(environment["PYTHONPATH"])
+def test_our_wheel_was_used_and_the_run_trained(followed, variables):
+    where = run("python -c 'import rlvr; print(rlvr.__file__)'", followed.folder, variables)
+    assert Path(where.strip()).is_relative_to(variables["PYTHONPATH"])
     rows = (followed.folder / "run" / "metrics.jsonl").read_text().splitlines()
     assert sum('"loss"' in row for row in rows) == 2
     assert (followed.folder / "run" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_small(kind):
+    example = example_of(kind)
+    files = [file for file in example.rglob("*.py") if "tests" not in file.parts]
+    assert len(files) <= 3
+    assert sum(len(file.read_text().splitlines()) for file in [example / "pyproject.toml", *files]) < 170
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("followed", ["backend"], indirect=True)
+def test_the_backend_passes_every_check(followed, variables):
+    report = json.loads(run("rlvr backends check gguf --model tiny --json", followed.folder, variables))
+    assert report["ok"], report
+    assert report["model"] == "tiny"

@@ -1,0 +1,143 @@
+"""Who writes a format and loads it back: the backend, or for GGUF llama.cpp's converter."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rlvr.errors import ExportError, UnsupportedSettingError
+
+if TYPE_CHECKING:
+    from rlvr.backends.protocol import ExportFormat, LoadedPolicy, ModelBackend, ModelSettings
+
+CONVERTER = "convert_hf_to_gguf.py"
+CONVERTER_VARIABLE = "RLVR_LLAMA_CPP"
+GGUF_FILE = "model.gguf"
+_LAST_LINES = 8
+
+
+class Writer(Protocol):
+    def write(self, policy: LoadedPolicy, folder: Path) -> None:
+        """Writes the policy to a folder that is there and empty."""
+        ...
+
+    def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
+        """The model that was written, in inference mode, and its tokenizer; None where that is part of the model."""
+        ...
+
+
+def choose_writer(backend: ModelBackend, name: str, export_format: ExportFormat) -> Writer:
+    """
+    Args:
+        name: the backend's, for messages.
+
+    Raises:
+        UnsupportedSettingError: nothing here writes this format; says why, and what would help.
+    """
+    capabilities = backend.capabilities()
+    if export_format in capabilities.export_formats:
+        return BackendWriter(backend, export_format)
+    offered = ", ".join(capabilities.export_formats)
+    reasons = [note for note in capabilities.notes if export_format in note]
+    refused = " ".join([f"backend {name!r} cannot export {export_format!r} here; it offers: {offered}.", *reasons])
+    if export_format == "gguf" and "merged-16bit" in capabilities.export_formats:
+        converter = find_converter()
+        if converter is None:
+            raise UnsupportedSettingError(
+                f"{refused} llama.cpp's converter would do it: set {CONVERTER_VARIABLE} to a checkout of llama.cpp, "
+                f"or put {CONVERTER} on the PATH."
+            )
+        if find_spec("gguf") is None:
+            raise UnsupportedSettingError(
+                f"{refused} llama.cpp's converter would do it, and needs the package gguf, as the comparison "
+                "afterwards does. Install it with 'pip install gguf'."
+            )
+        return LlamaCppWriter(backend, converter)
+    raise UnsupportedSettingError(refused)
+
+
+def find_converter() -> Path | None:
+    """llama.cpp's converter of Hugging Face models: in the checkout that the variable names, or on the PATH.
+
+    Raises:
+        UnsupportedSettingError: the variable leads to no converter.
+    """
+    named = os.environ.get(CONVERTER_VARIABLE)
+    if not named:
+        found = shutil.which(CONVERTER)
+        return Path(found) if found else None
+    for path in (Path(named), Path(named) / CONVERTER):
+        if path.is_file():
+            return path.absolute()
+    raise UnsupportedSettingError(
+        f"{CONVERTER_VARIABLE} is {named!r}, and there is no {CONVERTER}. Set it to a checkout of llama.cpp."
+    )
+
+
+@dataclass(frozen=True)
+class BackendWriter:
+    backend: ModelBackend
+    export_format: ExportFormat
+
+    def write(self, policy: LoadedPolicy, folder: Path) -> None:
+        self.backend.save(policy, folder, self.export_format)
+
+    def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
+        own = {"merged-16bit": "none", "merged-4bit": "4bit"}  # an adapter goes on the base as it was in training
+        quantization: Any = own.get(self.export_format, settings.quantization)
+        policy = self.backend.load_saved(folder, replace(settings, quantization=quantization))
+        self.backend.for_inference(policy)
+        return policy.model, policy.tokenizer
+
+
+@dataclass(frozen=True)
+class LlamaCppWriter:
+    """Merges to 16 bits through the backend and converts that; no weight is quantized further."""
+
+    backend: ModelBackend
+    converter: Path
+
+    def write(self, policy: LoadedPolicy, folder: Path) -> None:
+        with tempfile.TemporaryDirectory(prefix="merged-", dir=folder) as merged:
+            self.backend.save(policy, Path(merged), "merged-16bit")
+            command = [sys.executable, str(self.converter), merged, "--outfile", str(folder / GGUF_FILE)]
+            result = subprocess.run(
+                [*command, "--outtype", "auto"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
+        if result.returncode or not (folder / GGUF_FILE).is_file():
+            last = "\n".join(result.stdout.strip().splitlines()[-_LAST_LINES:])
+            raise ExportError(
+                f"llama.cpp's converter {self.converter} ended with exit code {result.returncode} and wrote no "
+                f"model. Its last lines:\n{last}"
+            )
+
+    def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
+        import torch
+        from transformers import AutoModelForCausalLM, GgufConfig
+
+        from rlvr.backends.checks import choose_device
+
+        try:
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=GGUF_FILE,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=torch.float32 if settings.dtype == "float32" else torch.bfloat16,
+            )
+        except Exception as error:  # an unknown architecture, a damaged file: readers raise what they meet
+            raise ExportError(
+                f"transformers cannot load the GGUF file back, so that it cannot be compared: {error}. Export "
+                "'merged-16bit', and convert that by hand."
+            ) from error
+        return model.to(choose_device(settings)).eval(), None

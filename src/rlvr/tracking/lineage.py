@@ -1,0 +1,246 @@
+"""Which weights came from which: base model → start → checkpoints → trained adapter → exports.
+
+Whatever a run saves holds a `lineage.json` with the hash of its weights (`adapter_hash.py`), which the trajectories
+carry too, and the SHA-256 of its files. `lineage` reads these back and looks at the files again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rlvr.tracking.run_folder import RunFolder
+
+RECORD = "lineage.json"
+_SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+_OTHERS = (RECORD, "trainer_state.json", "training_args.bin")  # of a checkpoint, and no part of the policy
+
+State = Literal["ok", "changed", "gone", "not recorded"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """One set of weights of a run. `changed` names the files that are no longer those that were saved.
+
+    `trajectories` were sampled from exactly these weights to train on, `evaluations` to measure; mean rewards of each,
+    None where there are none.
+    """
+
+    kind: Literal["base", "start", "checkpoint", "resumed", "trained", "export"]
+    name: str
+    adapter: str | None  # hash of the trained weights
+    state: State
+    step: int | None = None  # optimizer steps that they have seen
+    folder: str | None = None
+    changed: tuple[str, ...] = ()
+    trajectories: int = 0
+    mean_reward: float | None = None
+    evaluations: int = 0
+    mean_evaluation_reward: float | None = None
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """The chain of a run's weights, in the order in which they came to be."""
+
+    run: Path
+    links: tuple[Link, ...]
+    unattributed: int  # trajectories that carry no hash
+
+    @property
+    def ok(self) -> bool:
+        """Whether no recorded file has changed. What was deleted as a whole is gone, not changed."""
+        return all(link.state != "changed" for link in self.links)
+
+    def as_json(self) -> dict[str, Any]:
+        links = [asdict(link) for link in self.links]
+        return {"run": str(self.run), "ok": self.ok, "unattributed_trajectories": self.unattributed, "links": links}
+
+
+def lineage(run: str | Path) -> Lineage:
+    """Reads the chain of a run's weights, and hashes the files again.
+
+    Args:
+        run: a run's folder, finished or not.
+
+    Raises:
+        RunFolderError: there is no run in the folder.
+    """
+    folder = RunFolder(Path(run))
+    parts = folder.parts()
+    origin = folder.origin(1)
+    sampled = _Sampled(folder.trajectories())
+    links = [_base(origin.get("base")), _start(origin.get("adapter"), sampled)]
+    links += sorted([*_checkpoints(folder, sampled), *_resumed(folder, parts)], key=lambda link: link.step or 0)
+    links += [*_trained(folder, sampled), *_exports(folder)]
+    return Lineage(folder.path, tuple(links), sampled.unattributed)
+
+
+def write_record(folder: Path, *, adapter: str | None, step: int, **facts: Any) -> None:
+    """Writes `lineage.json` beside files that are complete.
+
+    Args:
+        adapter: the hash of the weights in them, None where it is not known.
+        step: optimizer steps that they have seen.
+        facts: more that is known, as JSON has it.
+    """
+    record = {"adapter": adapter, "step": step, **facts, "files": file_hashes(folder.rglob("*"), folder)}
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What `write_record` wrote; None if there is nothing, or nothing that can be read."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def base_record(model: str, revision: str | None, *, commit: str | None) -> dict[str, Any]:
+    """What identifies a base model: its commit on the Hub, or the SHA-256 of its files where it is local."""
+    path = Path(model).expanduser()
+    paths = path.iterdir() if path.is_dir() else [path]
+    files = file_hashes(paths, _folder(model)) if path.exists() else None
+    return {"model": model, "revision": revision, "commit": commit, "files": files}
+
+
+def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
+    """Name within `folder` → SHA-256 of the files that make a policy: weights, configuration, tokenizer."""
+    files = sorted(path for path in paths if path.suffix in _SUFFIXES and path.name not in _OTHERS and path.is_file())
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter's lock
+        return dict(
+            zip((path.relative_to(folder).as_posix() for path in files), pool.map(_sha256, files), strict=True)
+        )
+
+
+def _folder(model: str) -> Path:
+    """That a local model's files are in: a backend may take a file for a model."""
+    path = Path(model).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def changed_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
+    """The names among `recorded` whose files are not as they were, or not there."""
+    now = file_hashes((folder / name for name in recorded), folder)
+    return tuple(name for name, digest in recorded.items() if now.get(name) != digest)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# The links
+
+
+def _base(record: Mapping[str, Any] | None) -> Link:
+    if record is None:
+        return Link(kind="base", name="unknown", adapter=None, state="not recorded")
+    version = record["commit"] or record["revision"]
+    name = record["model"] + (f" @ {version}" if version else "")
+    if record["files"] is None:
+        return Link(kind="base", name=name, adapter=None, state="ok" if record["commit"] else "not recorded")
+    folder = _folder(record["model"])
+    state, changed = _state(folder, record)
+    return Link(kind="base", name=name, adapter=None, folder=str(folder), state=state, changed=changed)
+
+
+def _start(adapter: str | None, sampled: _Sampled) -> Link:
+    state: State = "ok" if adapter else "not recorded"
+    return Link(kind="start", name="start", step=0, adapter=adapter, state=state, **sampled.of(adapter))
+
+
+def _checkpoints(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
+    for step, path in folder.saved_checkpoints().items():
+        yield _saved("checkpoint", path.name, path, step, sampled)
+
+
+def _resumed(folder: RunFolder, parts: int) -> Iterator[Link]:
+    for part in range(2, parts + 1):
+        source = folder.origin(part).get("resumed_from") or {}
+        record = read_record(folder.checkpoints / source.get("checkpoint", "")) or {}
+        adapter = source.get("adapter")
+        replaced = bool(adapter and record.get("adapter")) and record["adapter"] != adapter
+        yield Link(
+            kind="resumed",
+            name=f"resumed from {source.get('checkpoint', 'an unknown checkpoint')}",
+            step=source.get("step"),
+            adapter=adapter,
+            state="changed" if replaced else "ok" if adapter else "not recorded",
+            changed=(source["checkpoint"],) if replaced else (),
+        )
+
+
+def _trained(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
+    path = folder.trained()
+    if path is not None:
+        summary = folder.summary()
+        yield _saved("trained", path.name, path, summary["steps"], sampled, expected=summary.get("adapter"))
+
+
+def _exports(folder: RunFolder) -> Iterator[Link]:
+    for row in folder.exports():
+        path = folder.path / row["folder"]  # an absolute one stays as it is
+        yield _saved("export", row["format"], path, row["step"], None, expected=row["adapter"])
+
+
+def _saved(
+    kind: Any, name: str, path: Path, step: int, sampled: _Sampled | None, *, expected: str | None = None
+) -> Link:
+    """A folder with a record. `expected` is what the run says that the record says."""
+    record = read_record(path)
+    state, changed = _state(path, record)
+    adapter = record["adapter"] if record else expected
+    if expected is not None and adapter != expected:
+        state, changed, adapter = "changed", (*changed, RECORD), expected
+    counts = sampled.of(adapter) if sampled else {}
+    return Link(
+        kind=kind, name=name, step=step, adapter=adapter, folder=str(path), state=state, changed=changed, **counts
+    )
+
+
+def _state(folder: Path, record: Mapping[str, Any] | None) -> tuple[State, tuple[str, ...]]:
+    if not folder.is_dir():
+        return "gone", ()
+    if record is None:
+        damaged = (folder / RECORD).exists()
+        return ("changed", (RECORD,)) if damaged else ("not recorded", ())
+    changed = changed_files(folder, record["files"])
+    return ("changed" if changed else "ok"), changed
+
+
+class _Sampled:
+    """Numbers and rewards of a run's trajectories, by the weights that sampled them."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]):
+        self.unattributed = 0
+        self._rewards: dict[tuple[str, str], list[float | None]] = defaultdict(list)
+        for row in rows:
+            if row.get("adapter"):
+                self._rewards[row["adapter"], row["phase"]].append(row["reward"])
+            else:
+                self.unattributed += 1
+
+    def of(self, adapter: str | None) -> dict[str, Any]:
+        trained, evaluated = (self._rewards.get((adapter or "", phase), []) for phase in ("train", "eval"))
+        return {
+            "trajectories": len(trained),
+            "mean_reward": _mean(trained),
+            "evaluations": len(evaluated),
+            "mean_evaluation_reward": _mean(evaluated),
+        }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,167 @@
+"""A policy that is loaded here, and what plays an environment with it outside training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rlvr.backends.protocol import LoadedPolicy, ModelBackend
+from rlvr.config import LOADING, TrainSettings, closest, settings_from
+from rlvr.environments.base import Environment
+from rlvr.errors import ConfigError, ModelError
+from rlvr.rollout.engine import RolloutEngine, SamplingSettings
+from rlvr.rollout.evaluation import LocalPlayer
+from rlvr.rollout.tool_calls import ToolCallParser
+
+BATCH_SIZE = 64
+
+
+def local_player(
+    environment: Environment,
+    policy: LoadedPolicy,
+    settings: TrainSettings,
+    *,
+    temperature: float,
+    parser: ToolCallParser | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> LocalPlayer:
+    """
+    Args:
+        parser: of tool calls; None for that of the chat template.
+
+    Raises:
+        UnsupportedSettingError: the grouped engine was asked for, and cannot run the model.
+    """
+    from rlvr.rollout.chat import ChatRenderer
+
+    return LocalPlayer(
+        engine_for=sampling_engine(
+            policy, sampling_settings(settings, temperature), asked=settings.rollout_engine, batch_size=batch_size
+        ),
+        renderer=ChatRenderer(policy.tokenizer, tools=environment.tools),
+        max_completion_tokens=settings.max_tokens,
+        parser=parser,
+        batch_size=batch_size,
+        seed=settings.seed,
+    )
+
+
+def sampling_settings(settings: TrainSettings, temperature: float) -> SamplingSettings:
+    return SamplingSettings(
+        temperature=temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        min_p=settings.min_p,
+        repetition_penalty=settings.repetition_penalty,
+    )
+
+
+def sampling_engine(
+    policy: LoadedPolicy, sampling: SamplingSettings, *, asked: str = "auto", batch_size: int = BATCH_SIZE
+) -> Callable[[int], RolloutEngine]:
+    """What samples outside training, for each seed: the grouped engine where it can run the model, else `generate`.
+
+    Raises:
+        UnsupportedSettingError: "grouped" was asked for, and cannot run the model.
+    """
+    from rlvr.rollout.generate import GenerateEngine, end_token_ids, model_generate
+    from rlvr.rollout.grouped import GroupedEngine
+
+    ends = end_token_ids(policy.model, policy.tokenizer)
+    if asked == "grouped" or (asked != "generate" and GroupedEngine.unsupported(policy.model, sampling) is None):
+        grouped = GroupedEngine(policy.model, sampling=sampling, eos_token_ids=sorted(ends), max_rows=batch_size)
+
+        def grouped_engine(seed: int) -> RolloutEngine:
+            grouped.reseed(seed)
+            return grouped
+
+        return grouped_engine
+
+    def plain_engine(seed: int) -> RolloutEngine:
+        generate = model_generate(policy.model, policy.tokenizer, sampling, batch_size=batch_size, seed=seed)
+        return GenerateEngine(generate, end_token_ids=ends)
+
+    return plain_engine
+
+
+def checked_settings(
+    command: str,
+    model: str | Path | LoadedPolicy,
+    given: Mapping[str, Any],
+    *,
+    allowed: Sequence[str],
+    problems: Sequence[str] = (),
+) -> TrainSettings:
+    """The settings of a command that samples outside training.
+
+    Args:
+        allowed: the settings that it has.
+        problems: what is wrong with its other options.
+
+    Raises:
+        ConfigError: all problems at once.
+    """
+    found = [
+        *problems,
+        *(f"{command} has no option {name!r}.{closest(name, allowed)}" for name in given if name not in allowed),
+    ]
+    if given.get("rollout_engine") == "vllm":
+        found.append("rollout_engine is 'vllm', which trains only; allowed here: auto, generate, grouped.")
+    known = {name: value for name, value in given.items() if name in allowed}
+    named = model.settings.model if isinstance(model, LoadedPolicy) else model
+    try:
+        settings = settings_from(known, {"model": named}, required=("model",))
+    except ConfigError as error:
+        raise ConfigError([*found, *error.problems]) from None
+    if isinstance(model, LoadedPolicy):
+        found += loaded_policy_problems(model, settings, given)
+    if found:
+        raise ConfigError(found)
+    return settings
+
+
+def loaded_policy_problems(policy: LoadedPolicy, settings: TrainSettings, given: Iterable[str]) -> list[str]:
+    """What a policy that is loaded already cannot honour of the settings; `given` are those not left to defaults."""
+    problems = [
+        f"{name} was given for a policy that is loaded already; give it to rlvr.load_policy instead."
+        for name in given
+        if name in LOADING
+    ]
+    length, room = settings.max_prompt_length + settings.max_tokens, policy.settings.max_seq_length
+    if length > room:
+        problems.append(
+            f"max_prompt_length {settings.max_prompt_length} + max_tokens {settings.max_tokens} = {length} tokens, "
+            f"and the policy was loaded for {room}. Lower one, or load it with max_seq_length={length}."
+        )
+    return problems
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder with the adapter's files: the one given, or `adapter` in a run's folder."""
+    for folder in (Path(adapter), Path(adapter) / "adapter"):
+        if (folder / "adapter_config.json").is_file():
+            return folder
+    raise ModelError(
+        f"there is no adapter in {str(adapter)!r}: it has no adapter_config.json. Give a folder that a run saved, for "
+        "example outputs/my-run/adapter."
+    )
+
+
+def load_for_inference(settings: TrainSettings, backend: ModelBackend, adapter: Path | None) -> LoadedPolicy:
+    """The policy, in the mode that sampling wants.
+
+    Args:
+        adapter: a folder that `adapter_folder` found.
+    """
+    from rlvr.backends import load_policy
+
+    model_settings = settings.model_settings()
+    if adapter is not None:
+        return backend.load_saved(adapter, model_settings)
+    return load_policy(backend=backend, lora=None, **asdict(model_settings))
+
+
+def backend_name(backend: ModelBackend) -> str:
+    return getattr(backend, "name", type(backend).__name__)

@@ -1,0 +1,66 @@
+"""Which weights sampled what: the policy's hash at every optimizer step, and in every checkpoint."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlvr.tracking.adapter_hash import adapter_hash
+from rlvr.tracking.lineage import base_record, read_record, write_record
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainerCallback
+
+    from rlvr.backends.protocol import LoadedPolicy
+
+logger = logging.getLogger(__name__)
+
+
+class PolicyHashes:
+    """Hashes the policy at most once for each optimizer step that it has seen."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._model = model
+        self._step: int | None = None
+        self._hash: str | None = None
+
+    def at(self, step: int) -> str | None:
+        """The policy's hash, None where it has none (`adapter_hash`). `step` counts the optimizer steps so far."""
+        if step != self._step:
+            self._hash = adapter_hash(self._model)
+            if self._hash is None and self._step is None:
+                logger.warning(
+                    "trajectories and checkpoints carry no hash of the weights: they are spread over processes."
+                )
+            self._step = step
+        return self._hash
+
+    def callback(self) -> TrainerCallback:
+        """Writes `lineage.json` into each checkpoint once it is saved."""
+        from transformers import TrainerCallback
+
+        hashes = self
+
+        class Checkpoints(TrainerCallback):
+            def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                if state.is_world_process_zero:
+                    folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+                    write_record(folder, adapter=adapter_hash(hashes._model), step=state.global_step)
+
+        return Checkpoints()
+
+
+def origin(policy: LoadedPolicy, checkpoint: Path | None) -> dict[str, Any]:
+    """Where a run's weights come from: the base model, and the start or the checkpoint that it goes on from."""
+    settings = policy.settings
+    commit = getattr(policy.model.config, "_commit_hash", None)
+    base = base_record(settings.model, settings.revision, commit=commit)
+    if checkpoint is None:
+        return {"base": base, "adapter": adapter_hash(policy.model)}
+    step, record = int(checkpoint.name.rpartition("-")[2]), read_record(checkpoint) or {}
+    return {
+        "base": base,
+        "resumed_from": {"checkpoint": checkpoint.name, "step": step, "adapter": record.get("adapter")},
+    }

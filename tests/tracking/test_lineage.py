@@ -1,0 +1,197 @@
+"""The chain of a run's weights: hashes of real runs, resumed ones too, and files that were changed afterwards."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import rlvr
+from rlvr.testing.tiny import save_tiny
+from rlvr.tracking.adapter_hash import hash_of
+from rlvr.tracking.lineage import base_record, changed_files, file_hashes
+from rlvr.tracking.run_folder import RunFolder
+
+BACKENDS = [pytest.param("hf", marks=pytest.mark.both), pytest.param("unsloth", marks=pytest.mark.unsloth)]
+SMALL = {
+    "max_prompt_length": 64,
+    "max_tokens": 4,
+    "num_generations": 4,
+    "prompts_per_step": 2,
+    "save_steps": 1,
+    "eval_samples": 2,
+    "learning_rate": 5e-3,
+    "lr_scheduler_type": "constant",
+    "report_to": "none",
+    "gradient_checkpointing": False,
+}
+
+
+def bytes_modulo_7(trajectory):
+    return float(sum(map(ord, trajectory.text)) % 7)
+
+
+@pytest.fixture(scope="module")
+def env():
+    rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
+    return rlvr.Environment(
+        name="bytes", train_dataset=rows[:9], eval_dataset=rows[9:], rubric=rlvr.Rubric(bytes_modulo_7)
+    )
+
+
+@pytest.fixture(scope="module")
+def resumed_runs(tmp_path_factory, env):
+    """`resumed_runs(backend)` → the folder of a run of two steps that went on to four. Not to be written to."""
+    made = {}
+
+    def run(backend):
+        if backend not in made:
+            model = save_tiny(tmp_path_factory.mktemp("models") / "tiny", initializer_range=0.2)
+            made[backend] = folder = tmp_path_factory.mktemp("runs") / "run"
+            rlvr.train(env, model, backend, **SMALL, max_steps=2, output_dir=folder)
+            rlvr.train(env, resume_from_checkpoint="last", output_dir=folder, max_steps=4)
+        return made[backend]
+
+    return run
+
+
+@pytest.fixture
+def run(resumed_runs, tmp_path):
+    return shutil.copytree(resumed_runs("hf"), tmp_path / "run")
+
+
+def by_name(run):
+    return {link.name: link for link in rlvr.lineage(run).links}
+
+
+def adapter_of(folder):
+    return hash_of(load_file(folder / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_trajectory_and_checkpoint_carries_the_hash_of_its_weights(resumed_runs, backend):
+    run = resumed_runs(backend)
+    folder = RunFolder(run)
+    saved = {step: adapter_of(path) for step, path in folder.saved_checkpoints().items()}
+    assert len({*saved.values()}) == 4
+    start = folder.origin(1)["adapter"]
+    made_by = {0: start, **saved}
+    for row in folder.trajectories():  # steps 2 and 3 were sampled in the part that was resumed
+        assert row["adapter"] == made_by[row["step"]], row["step"]
+    assert folder.summary()["adapter"] == saved[4] == adapter_of(run / "adapter")
+    assert folder.origin(2)["resumed_from"] == {"checkpoint": "checkpoint-2", "step": 2, "adapter": saved[2]}
+
+    chain = rlvr.lineage(run)
+    assert chain.ok
+    assert chain.unattributed == 0
+    assert [(link.kind, link.name, link.step) for link in chain.links] == [
+        ("base", folder.config()["model"], None),
+        ("start", "start", 0),
+        *(("checkpoint", f"checkpoint-{step}", step) for step in (1, 2)),
+        ("resumed", "resumed from checkpoint-2", 2),
+        *(("checkpoint", f"checkpoint-{step}", step) for step in (3, 4)),
+        ("trained", "adapter", 4),
+    ]
+    assert [link.adapter for link in chain.links] == [
+        *(None, start, saved[1], saved[2], saved[2], saved[3], saved[4], saved[4])
+    ]
+    rewards = [row["reward"] for row in folder.trajectories() if row["step"] == 1 and row["phase"] == "train"]
+    one = chain.links[2]
+    assert (one.trajectories, one.evaluations) == (len(rewards), 0) == (8, 0)
+    assert one.mean_reward == pytest.approx(sum(rewards) / 8)
+    assert chain.links[-1].trajectories == 0
+    assert chain.links[-1].evaluations == 2
+    assert chain.links[-1].mean_evaluation_reward == pytest.approx(folder.summary()["eval_after"]["reward"])
+
+
+@pytest.mark.both
+def test_a_tampered_adapter_is_found(run):
+    path = run / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    next(iter(tensors.values())).view(-1)[0] += 1e-6
+    save_file(tensors, path, metadata={"format": "pt"})
+    chain = rlvr.lineage(run)
+    assert not chain.ok
+    assert [(link.name, link.changed) for link in chain.links if link.state == "changed"] == [
+        ("adapter", ("adapter_model.safetensors",))
+    ]
+
+
+@pytest.mark.both
+def test_another_alpha_in_a_checkpoint_is_found(run):
+    path = run / "checkpoints" / "checkpoint-3" / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+    assert by_name(run)["checkpoint-3"].changed == ("adapter_config.json",)
+
+
+@pytest.mark.both
+def test_an_adapter_that_was_exchanged_together_with_its_record_is_found(run):
+    shutil.rmtree(run / "adapter")
+    shutil.copytree(run / "checkpoints" / "checkpoint-1", run / "adapter")
+    link = by_name(run)["adapter"]
+    assert link.state == "changed"
+    assert link.changed == ("lineage.json",)
+    assert link.adapter == RunFolder(run).summary()["adapter"]
+
+
+@pytest.mark.both
+def test_a_damaged_record_is_a_change_and_a_missing_one_is_said(run):
+    (run / "adapter" / "lineage.json").write_text("{")
+    (run / "checkpoints" / "checkpoint-1" / "lineage.json").unlink()
+    links = by_name(run)
+    assert links["adapter"].changed == ("lineage.json",)
+    assert links["checkpoint-1"].state == "not recorded"
+
+
+@pytest.mark.both
+def test_what_was_deleted_is_gone_and_no_fault(run):
+    made = rlvr.export(run)
+    elsewhere = rlvr.export(run, output=run.parent / "elsewhere")
+    assert [link.folder for link in rlvr.lineage(run).links if link.kind == "export"] == [
+        *(str(made.folder), str(elsewhere.folder))
+    ]
+    for folder in (run / "checkpoints" / "checkpoint-1", made.folder, run / "adapter" / "tokenizer.json"):
+        shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    chain = rlvr.lineage(run)
+    states = [(link.name, link.state) for link in chain.links if link.state != "ok"]
+    assert states == [("adapter", "changed"), ("adapter", "gone")]  # a file that is missing is a change
+
+
+@pytest.mark.both
+def test_a_checkpoint_that_was_made_anew_after_a_run_went_on_from_it_is_told(run):
+    path = run / "checkpoints" / "checkpoint-2" / "lineage.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "adapter": "0" * 64}))
+    assert by_name(run)["resumed from checkpoint-2"].state == "changed"
+
+
+@pytest.mark.both
+def test_a_base_model_that_was_changed_is_found(tmp_path):
+    model = save_tiny(tmp_path / "model")
+    record = base_record(str(model), None, commit=None)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
+    assert changed_files(model, record["files"]) == ()
+    (model / "README.md").write_text("nothing that a policy is made of")
+    assert changed_files(model, record["files"]) == ()
+    save_tiny(model, seed=1)
+    assert changed_files(model, record["files"]) == ("model.safetensors",)
+    assert base_record("org/name", "main", commit="abc") == {
+        "model": "org/name",
+        "revision": "main",
+        "commit": "abc",
+        "files": None,
+    }
+
+
+@pytest.mark.both
+def test_hashes_of_files_are_those_of_sha256sum(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"abc")
+    (tmp_path / "optimizer.pt").write_bytes(b"abc")
+    assert file_hashes(tmp_path.iterdir(), tmp_path) == {
+        "config.json": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"  # FIPS 180-2, B.1
+    }
+
+
+@pytest.mark.both
+def test_an_unfinished_run_has_a_chain_too(run):
+    (run / "summary.json").unlink()
+    assert [link.kind for link in rlvr.lineage(run).links][-1] == "checkpoint"
