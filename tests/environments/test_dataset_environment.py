@@ -5,6 +5,8 @@ import json
 
 import pytest
 
+import rlvr
+from rlvr import quickstart
 from rlvr.environments.dataset import from_trl
 from rlvr.environments.dataset.plugin import rlvr_environment
 from rlvr.errors import DataError, EnvironmentDefinitionError, RewardError
@@ -243,3 +245,27 @@ def test_names_that_cannot_be_used(datasets, message):
 def test_rewards_that_cannot_be_used(file, reward, message):
     with pytest.raises(EnvironmentDefinitionError, match=message):
         rlvr_environment(datasets=file, reward=reward)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_strangers_file_is_learned(tmp_path):
+    """The quickstart's problems as a user might have them: two files, columns of other names."""
+    settings = quickstart.prepare(tmp_path / "model")
+    sums = rlvr.load_environment("arithmetic", **settings.pop("env_options"))
+    for name, rows in (("train", sums.train_dataset), ("held-out", sums.eval_dataset)):
+        write_jsonl(tmp_path / f"{name}.jsonl", [{"sum": row["question"], "total": row["answer"]} for row in rows])
+    run = rlvr.train(
+        **{**settings, "env": "dataset"},
+        env_options={
+            "datasets": str(tmp_path / "train.jsonl"),
+            "eval_datasets": str(tmp_path / "held-out.jsonl"),
+            "question_column": "sum",
+            "answer_column": "total",
+        },
+        output_dir=tmp_path / "run",
+        report_to="none",
+    )
+    before, after = run.summary["eval_before"]["exact_match"], run.summary["eval_after"]["exact_match"]
+    assert 0.2 <= before <= 0.6
+    assert after >= before + 0.3

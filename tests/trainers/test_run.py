@@ -85,6 +85,21 @@ def test_an_environment_and_a_policy_made_in_python(environment, policy, tmp_pat
     assert RunFolder(run.folder).config()["env"] == "bytes"
 
 
+def test_evaluations_of_a_run_are_kept_by_group_too(environment, policy, tmp_path):
+    environment.group_metrics_by = "kind"
+    environment.eval_dataset = [
+        {**row, "kind": kind} for row, kind in zip(environment.eval_dataset, "abb", strict=True)
+    ]
+    run = rlvr.train(environment, policy, "hf", **SMALL, max_steps=1, output_dir=tmp_path / "run")
+    rows = [row for row in run.metrics() if "evaluation" in row]
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        by_kind = row["evaluation_by_group"]
+        assert set(by_kind) == {"kind=a", "kind=b"}
+        total = by_kind["kind=a"]["letters"] + 2 * by_kind["kind=b"]["letters"]
+        assert row["evaluation"]["letters"] == pytest.approx(total / 3)
+
+
 def test_evaluating_does_not_change_the_training(environment, model_folder, tmp_path):
     def losses(name, **options):
         run = rlvr.train(environment, model_folder, "hf", **SMALL, **options, max_steps=2, output_dir=tmp_path / name)

@@ -9,11 +9,10 @@ that is rewarded: to go on until the question is answered.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlvr.quickstart import build_apart
+from rlvr.quickstart.demonstration import Demonstration
 
 ENV_OPTIONS: dict[str, Any] = {
     "datasets": "sample",
@@ -43,36 +42,5 @@ SETTINGS: dict[str, Any] = {
     "eval_samples": 200,
 }
 
-
-def settings(folder: str | Path | None = None, *, seed: int = 0) -> dict[str, Any]:
-    """The settings of the run, in the names of `rlvr.config.TrainSettings`. Builds nothing.
-
-    Args:
-        folder: where the warm-started model is, or will be; by default `outputs/musique/warm-start-SEED`.
-        seed: of the model, the questions and the run.
-    """
-    return {
-        "env": "musique",
-        "env_options": {**ENV_OPTIONS, "seed": seed},
-        "model": str(folder or Path("outputs") / "musique" / f"warm-start-{seed}"),
-        **SETTINGS,
-        "seed": seed,
-    }
-
-
-def prepare(
-    folder: str | Path | None = None, *, seed: int = 0, report: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Builds the warm-started model, unless `folder` holds it already, and gives the settings of the run.
-
-    Args:
-        folder: as in `settings`.
-        seed: as in `settings`.
-        report: takes the lines that say how far the warm start is.
-
-    Raises:
-        ModelError: the model could not be built.
-    """
-    values = settings(folder, seed=seed)
-    build_apart("musique", values["model"], seed=seed, report=report)
-    return values
+MUSIQUE = Demonstration(task="musique", env_options=ENV_OPTIONS, options=SETTINGS, models=Path("outputs") / "musique")
+settings, prepare = MUSIQUE.settings, MUSIQUE.prepare

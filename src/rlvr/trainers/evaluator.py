@@ -46,7 +46,8 @@ class Evaluator:
         finally:
             self.backend.for_training(self.policy)
         self.keep(records(found.trajectories, step=step, adapter=adapter_hash(self.policy.model)))
-        self.add_row({"step": step, "evaluation": found.metrics})
+        by_group = {"evaluation_by_group": found.groups} if found.groups else {}
+        self.add_row({"step": step, "evaluation": found.metrics, **by_group})
         return found
 
     def callback(self, *, every: int, trainer: Any) -> Any:
