@@ -12,7 +12,7 @@ from peft import LoraConfig
 from tests_support import grpo_config
 
 from rlvr import Environment, Rubric
-from rlvr.errors import ConfigError, PatchedProcessError, RewardError
+from rlvr.errors import ConfigError, PatchedProcessError, RewardError, UnsupportedSettingError
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.compose import composed
@@ -113,6 +113,17 @@ def test_a_plain_model_is_refused_where_unsloth_has_replaced_the_trainer(monkeyp
     monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
     with pytest.raises(PatchedProcessError, match="FastLanguageModel"):
         EnhancedGRPOTrainer(model=model, args=None)
+
+
+def test_what_unsloths_trainer_ignores_is_refused(monkeypatch, model, tmp_path):
+    class UnslothGRPOTrainer(trl.GRPOTrainer):
+        pass
+
+    monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
+    model.for_training = model.for_inference = lambda: None
+    args = grpo_config(tmp_path, use_adaptive_entropy=True, entropy_coef=0.01)
+    with pytest.raises(UnsupportedSettingError, match="Unsloth's trainer ignores it"):
+        EnhancedGRPOTrainer(model=model, reward_funcs=distinct_characters, args=args)
 
 
 def test_a_class_that_has_the_base_already_is_not_composed_again():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from rlvr.errors import PatchedProcessError
+from rlvr.errors import PatchedProcessError, UnsupportedSettingError
 
 
 def composed(cls: Any, base: Any) -> Any:
@@ -44,6 +44,19 @@ def trl_trainer_class(model: Any) -> type:
 def is_unsloth_class(trainer_class: type) -> bool:
     """Whether a trainer class is one that Unsloth generated."""
     return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in trainer_class.__mro__)
+
+
+def refuse_what_unsloth_ignores(args: Any) -> None:
+    """Options of `GRPOConfig` that Unsloth's generated trainer passes over with a warning, or with none.
+
+    Raises:
+        UnsupportedSettingError: one of them is set.
+    """
+    if getattr(args, "use_adaptive_entropy", False):
+        raise UnsupportedSettingError(
+            "use_adaptive_entropy is True, and Unsloth's trainer ignores it, its entropy_coef included. Use a fixed "
+            "entropy_coef, or the backend 'hf'."
+        )
 
 
 def is_unsloth_model(model: Any) -> bool:

@@ -12,7 +12,7 @@ from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, FrozenTrainingError, RewardError, SamplerDriftError
 from rlvr.rewards.rubric import WeightedReward
 from rlvr.tracking.trajectories import TrajectorySink
-from rlvr.trainers.compose import composed, trl_trainer_class
+from rlvr.trainers.compose import composed, refuse_what_unsloth_ignores, trl_trainer_class
 from rlvr.trainers.log_probabilities import LogProbabilityMixin
 from rlvr.trainers.rollouts import RolloutMixin
 
@@ -100,6 +100,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         require_seams(trl.GRPOTrainer)
         provide_plain_head()
         args = copy.copy(args) if args is not None else trl.GRPOConfig(output_dir="outputs/grpo")
+        if self._on_unsloth_trainer:
+            refuse_what_unsloth_ignores(args)
         prepared = prepare_policy(
             model,
             peft_config,
