@@ -247,6 +247,14 @@ def test_rewards_that_cannot_be_used(file, reward, message):
         rlvr_environment(datasets=file, reward=reward)
 
 
+def test_whole_numbers_that_a_file_keeps_as_floats_are_whole_numbers(tmp_path):
+    env = rlvr_environment(datasets=write_jsonl(tmp_path / "n.jsonl", [{"question": "6*7?", "answer": 42.0}] * 2))
+    row = env.train_dataset[0]
+    assert row["references"] == ["42"]
+    for text, right in (("42", 1), ("42.0", 1), ("420", 0), ("-42", 0)):
+        assert scores(env, text, row)["exact_match"] == right
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_a_strangers_file_is_learned(tmp_path):

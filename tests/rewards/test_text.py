@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlvr.rewards.text import answer_in, contains_answer, exact_match, f1, normalize_answer, tagged
+from rlvr.rewards.text import answer_in, contains_answer, exact_match, f1, normalize_answer, same_answer, tagged
 
 
 @pytest.mark.parametrize(
@@ -82,3 +82,27 @@ def test_tags(text, inner):
 def test_other_tags():
     assert tagged("<a.b>1</a.b>", "a.b") == "1"
     assert tagged("<axb>1</axb>", "a.b") is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "same"),
+    [
+        ("42", "42.0", True),
+        ("1,000", "1000", True),
+        (" $3.50. ", "3.5", True),
+        ("0.5", "1/2", True),
+        ("2e-3", "0.002", True),
+        ("\u22125", "-5", True),  # with the sign that books print
+        ("5", "-5", False),
+        ("42", "4.2", False),
+        ("12", "1/2", False),
+        ("420", "42.0", False),
+        ("12 apples", "12", False),
+        ("1/0", "1", False),
+        ("1.5/2", "0.75", False),  # no way to write a number
+        ("The City", "city!", True),  # a text, as exact match has it
+        ("-5", "minus five", False),
+    ],
+)
+def test_numbers_are_compared_by_value(prediction, reference, same):
+    assert same_answer(prediction, ["something else", reference]) == float(same)

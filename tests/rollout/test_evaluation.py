@@ -201,3 +201,16 @@ def test_pass_at_k_is_the_share_of_k_subsets_with_a_success(attempts):
 def test_pass_at_k_needs_k_attempts():
     with pytest.raises(ConfigError, match="pass@3 was asked for with 2 attempts"):
         pass_at_k(2, 1, 3)
+
+
+def test_a_reward_function_called_reward_does_not_hide_the_total():
+    def reward(trajectory):
+        return 1.0
+
+    def form(trajectory):
+        return 0.0
+
+    rubric = Rubric((reward, 0.5), (form, 0.5), (WeightedReward(form, 0.0, name="pass@1")))
+    env = Environment(name="e", train_dataset=[{"question": "q"}], rubric=rubric)
+    found = summarise(env, env.train_dataset, [score(env, 0, Trajectory({}, ()), tokens=1)], samples=1)
+    assert found.metrics == {"reward": 0.5, "rewards/reward": 1.0, "form": 0.0, "rewards/pass@1": 0.0, "pass@1": 1.0}

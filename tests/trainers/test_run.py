@@ -85,6 +85,15 @@ def test_an_environment_and_a_policy_made_in_python(environment, policy, tmp_pat
     assert RunFolder(run.folder).config()["env"] == "bytes"
 
 
+@pytest.mark.parametrize("keeps_order", [True, False])
+def test_rows_are_shuffled_unless_their_order_matters(environment, policy, tmp_path, keeps_order):
+    environment.keeps_order = keeps_order
+    run = rlvr.train(environment, policy, "hf", **SMALL, max_steps=4, eval_samples=0, output_dir=tmp_path / "run")
+    trained = [row["prompt"][-1]["content"] for row in run.trajectories()]
+    in_order = [row["question"] for row in environment.train_dataset][:8]
+    assert (list(dict.fromkeys(trained)) == in_order) is keeps_order
+
+
 def test_evaluations_of_a_run_are_kept_by_group_too(environment, policy, tmp_path):
     environment.group_metrics_by = "kind"
     environment.eval_dataset = [

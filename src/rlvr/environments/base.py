@@ -32,6 +32,7 @@ class Environment:
         max_tool_failures: failed tool calls allowed, one more ends the rollout; None for no limit.
         tool_timeout_s: seconds that one tool call may take.
         group_metrics_by: a column of the rows; evaluation gives every metric for each of its values too.
+        keeps_order: train on the rows in their order (a curriculum) and not in a random one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Environment:
     max_tool_failures: int | None = None
     tool_timeout_s: float = 60.0
     group_metrics_by: str | None = None
+    keeps_order: bool = False
 
     def __post_init__(self) -> None:
         if len(self.train_dataset) == 0:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import threading
 
-from rlvr.rewards.text import normalize_answer, tagged
+from rlvr.rewards.text import tagged
 
 TIMEOUT_S = 5
+_TEXT = re.compile(r"\\(?:text|mathrm|textbf)\{([^{}]*)\}")
 MISSING = 'it needs math-verify, which is not installed. Install it with: pip install "rlvr[math]"'
 
 
@@ -20,7 +22,7 @@ def math_equal(prediction: str, answer: str) -> bool:
 
     The final answer is what stands in the last `<answer>` tags, or else what math-verify finds: the last `\\boxed`,
     or the last expression. 1/2, 0.5, 50\\% and \\frac{1}{2} are equal. An answer that is no mathematics ("(C)",
-    "Evelyn") must be the same text.
+    "Evelyn") must be the same text, but for spaces, case and what only dresses it.
 
     Args:
         prediction: the text of a completion.
@@ -37,7 +39,17 @@ def math_equal(prediction: str, answer: str) -> bool:
     if expected and given and verify(expected, given, timeout_seconds=timeout):
         return True
     written = boxed(text)
-    return written is not None and normalize_answer(written) == normalize_answer(answer) != ""
+    return written is not None and _as_written(written) == _as_written(answer) != ""
+
+
+def _as_written(answer: str) -> str:
+    """Without what only dresses an answer: spaces, dollar signs, \\text, a full stop, parentheses around all of it.
+
+    Nothing that changes a value goes: -5 is not 5, and 4.2 is not 42.
+    """
+    plain = "".join(_TEXT.sub(r"\1", answer.replace("$", "")).split()).removesuffix(".").casefold()
+    inner = plain[1:-1]
+    return inner if plain == f"({inner})" and not set("()") & set(inner) else plain
 
 
 def boxed(text: str) -> str | None:

@@ -6,8 +6,13 @@ import re
 import string
 from collections import Counter
 from collections.abc import Sequence
+from fractions import Fraction
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_NUMBER = re.compile(
+    r"[+-]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]{1,40})?(?:\.[0-9]{1,40})?(?<=[0-9])(?:e[+-]?[0-9]{1,2}|/[0-9]{1,40})?",
+    re.I,
+)
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -35,6 +40,32 @@ def f1(prediction: str, references: str | Sequence[str]) -> float:
         (_f1(predicted, normalize_answer(reference).split()) for reference in _as_list(references)),
         default=0.0,
     )
+
+
+def same_answer(prediction: str, references: str | Sequence[str]) -> float:
+    """As `exact_match`, but that a reference that is a number is compared by value: -5 is not 5, 42.0 is 42.
+
+    The official normalisation drops signs and decimal points with the punctuation.
+    """
+    given = number(prediction)
+    return float(
+        any(
+            exact_match(prediction, reference) if (wanted := number(reference)) is None else given == wanted
+            for reference in _as_list(references)
+        )
+    )
+
+
+def number(text: str) -> Fraction | None:
+    """The number that a text is: 42, -1,000.5, 1/2, $3, 50 % or 2e-3; None if it is none, or more than a number."""
+    plain = text.strip().lstrip("$€£").rstrip("%").strip().removesuffix(".").replace("−", "-")
+    match = _NUMBER.fullmatch(plain)
+    if match is None:
+        return None
+    try:
+        return Fraction(plain.replace(",", ""))
+    except (ValueError, ZeroDivisionError):  # 1.5/2, 1/0
+        return None
 
 
 def contains_answer(prediction: str, references: str | Sequence[str]) -> float:

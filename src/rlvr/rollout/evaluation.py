@@ -243,7 +243,8 @@ def _measure(scored: Sequence[ScoredTrajectory], samples: int) -> tuple[dict[str
     """Means over the attempts that count, and their intervals. A metric that applied to no attempt is left out."""
     values = {"reward": _by_example((item.example, item.reward) for item in scored)}
     for name in scored[0].rewards if scored else ():
-        values[name] = _by_example((item.example, item.rewards[name]) for item in scored)
+        key = f"rewards/{name}" if name in values or name.startswith("pass@") else name  # the total has its own name
+        values[key] = _by_example((item.example, item.rewards[name]) for item in scored)
     means = {name: sum(map(sum, lists)) / sum(map(len, lists)) for name, lists in values.items() if lists}
     intervals = {name: interval(lists) for name, lists in values.items() if lists}
     outcomes = _by_example((item.example, item.passed) for item in scored)

@@ -125,6 +125,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             if eval_dataset is None and args.eval_strategy != "no":
                 eval_dataset = env.eval_dataset
             eval_dataset = None if eval_dataset is None else self._examples.prompts(eval_dataset)
+            args.shuffle_dataset = args.shuffle_dataset and not env.keeps_order
             args.reward_weights = _reward_weights(env.rubric.rewards, len(functions), args.reward_weights)
             functions = [*(batch_reward(reward) for reward in env.rubric.rewards), *functions]
             reward_processing_classes = _pad_front(reward_processing_classes, len(env.rubric.rewards))

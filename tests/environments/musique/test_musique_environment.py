@@ -234,3 +234,9 @@ def test_schemas_have_no_state(env, tokenizer):
     for schema in ChatRenderer(tokenizer, tools=env.tools).tools:
         assert "state" not in schema["function"]["parameters"]["properties"]
         assert "self" not in schema["function"]["parameters"]["properties"]
+
+
+@pytest.mark.parametrize("fewer_hops_first", [True, False])
+def test_questions_in_order_of_hops_are_trained_on_in_that_order(fewer_hops_first):
+    env = musique(datasets="sample", retriever="lexical", sample_size=6, fewer_hops_first=fewer_hops_first)
+    assert env.keeps_order is fewer_hops_first

@@ -12,7 +12,7 @@ from rlvr.environments.loading import Row, load_rows
 from rlvr.errors import DataError, EnvironmentDefinitionError
 from rlvr.imports import import_named
 from rlvr.rewards.rubric import RewardFunction, Rubric, WeightedReward
-from rlvr.rewards.text import answer_in, contains_answer, exact_match, f1
+from rlvr.rewards.text import answer_in, contains_answer, f1, same_answer
 from rlvr.types import Trajectory
 
 QUESTION_COLUMNS = ("question", "prompt")
@@ -27,7 +27,7 @@ def _scored_by(score: Callable[[str, list[str]], float], name: str) -> WeightedR
 
 
 REWARDS = {
-    "exact-match": _scored_by(exact_match, "exact_match"),
+    "exact-match": _scored_by(same_answer, "exact_match"),
     "f1": _scored_by(f1, "f1"),
     "contains": _scored_by(contains_answer, "contains"),
 }
@@ -47,7 +47,8 @@ def dataset(
     """Makes the environment; everything that can be wrong with the data is found here.
 
     The text rewards compare what stands in the last `<answer>` tags of a completion, or the whole completion
-    where there are none. An answer may be a text, a number, or a list of texts that all count.
+    where there are none. An answer may be a text, a number, or a list of texts that all count; exact-match
+    compares numbers by value.
 
     Args:
         datasets: `path[,name[,split]]`, several separated by `;`; see `load_rows`.
@@ -165,12 +166,17 @@ def _question(value: Any, column: str, where: str) -> Any:
 
 def _references(value: Any, column: str, where: str) -> list[str]:
     values = value if isinstance(value, (list, tuple)) else [value]
-    texts = [str(item) for item in values if isinstance(item, (str, int, float)) and not isinstance(item, bool)]
+    texts = [_text(item) for item in values if isinstance(item, (str, int, float)) and not isinstance(item, bool)]
     if not texts or len(texts) < len(values) or not any(text.strip() for text in texts):
         raise DataError(
             f"{where} has {value!r} in {column!r}; an answer is a text, a number, or a list of texts, and not empty."
         )
     return texts
+
+
+def _text(value: str | int | float) -> str:
+    """Files of columns keep whole numbers as floats: 42.0 is 42."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:

@@ -99,6 +99,7 @@ def musique(
         max_turns=max_turns,
         max_tool_failures=max_tool_failures,
         group_metrics_by="hops",
+        keeps_order=fewer_hops_first,
     )
 
 
