@@ -65,7 +65,7 @@ def test_every_option_exists(page, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no option is broken over two lines
     known = set()
     environments = [["train", row.name] for row in rlvr.list_environments()]
-    commands = ("train", "evaluate", "preflight", "backends check", "export", "lineage")
+    commands = ("train", "evaluate", "preflight", "compare", "backends check", "export", "lineage")
     for command in (*map(str.split, commands), *environments):
         with pytest.raises(SystemExit):
             main([*command, "--help"])

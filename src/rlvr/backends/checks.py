@@ -116,8 +116,9 @@ def loading_errors(model: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         lines = str(error).strip().splitlines()
+        nowhere = "" if Path(model).exists() else f" There is no folder {model!r} either."
         raise ModelError(
-            f"model {model!r} cannot be loaded: {type(error).__name__}: {lines[0] if lines else 'no message'}"
+            f"model {model!r} cannot be loaded: {type(error).__name__}: {lines[0] if lines else 'no message'}{nowhere}"
         ) from error
 
 

@@ -7,6 +7,7 @@ class to inherit; any object with these methods is a backend (`docs/write-a-back
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
@@ -241,16 +242,21 @@ def check_settings(
     """
     problems = []
 
+    def add(problem: str, word: str) -> None:
+        notes = [note for note in capabilities.notes if re.search(rf"(?<![\w-]){re.escape(word)}(?![\w-])", note)]
+        problems.append(" ".join([problem, *notes]))
+
     def require(setting: str, value: object, allowed: frozenset[str]) -> None:
         if value not in allowed:
-            problems.append(
+            add(
                 f"backend {backend_name!r} cannot honour {setting}={value!r} here; "
-                f"allowed: {', '.join(sorted(allowed))}."
+                f"allowed: {', '.join(sorted(allowed))}.",
+                str(value),
             )
 
     def refuse(setting: str, asked: bool) -> None:
         if asked:
-            problems.append(f"backend {backend_name!r} cannot honour {setting} here.")
+            add(f"backend {backend_name!r} cannot honour {setting} here.", setting.partition("=")[0])
 
     require("dtype", settings.dtype, capabilities.dtypes)
     require("quantization", settings.quantization, capabilities.quantizations)
@@ -265,4 +271,4 @@ def check_settings(
         refuse("rslora", lora.rslora and not capabilities.rslora)
         refuse("dora", lora.dora and not capabilities.dora)
     if problems:
-        raise UnsupportedSettingError([*problems, *capabilities.notes])
+        raise UnsupportedSettingError(problems)

@@ -14,6 +14,7 @@ def register(app: typer.Typer) -> None:
 
 
 def environments(
+    ctx: typer.Context,
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="list the options of this one")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print a list of objects instead of a table")] = False,
 ) -> None:
@@ -30,7 +31,9 @@ def environments(
 
         print(json.dumps(rows, indent=2, default=str))
     else:
-        print_options(name, rows)
+        formatter = ctx.make_formatter()
+        write_options(formatter, name, rows)
+        print(formatter.getvalue().strip("\n"))
 
 
 def option_rows(environment: str) -> list[dict[str, Any]]:
@@ -75,25 +78,24 @@ def described_arguments(docstring: str) -> dict[str, str]:
     return meanings
 
 
-def print_options(name: str, rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for column in ("option", "type", "default", "meaning"):
-        table.add_column(column, overflow="fold", no_wrap=column in ("option", "type"))
-    for row in rows:
-        default = "required" if row["required"] else _as_written(row["default"])
-        table.add_row(row["option"], row["type"], default, row["meaning"])
-    console = Console(markup=False)
-    console.print(f"Options of environment {name}:")
-    console.print(table)
+def write_options(formatter: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    """In the manner of the command's own help."""
+    with formatter.section(f"Options of environment {name}"):
+        formatter.write_dl([(_flag_and_type(row), _meaning_and_default(row)) for row in rows])
 
 
-def _as_written(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return "" if value is None else str(value)
+def _flag_and_type(row: dict[str, Any]) -> str:
+    return row["option"].replace("/", " / ") if row["type"] == "bool" else f"{row['option']} <{row['type']}>"
+
+
+def _meaning_and_default(row: dict[str, Any]) -> str:
+    default = row["default"]
+    if isinstance(default, bool):
+        default = "on" if default else "off"
+    elif isinstance(default, (list, tuple)):
+        default = ",".join(map(str, default))
+    note = "(required)" if row["required"] else "" if default in (None, "") else f"(default {default})"
+    return " ".join(filter(None, (row["meaning"].removesuffix("."), note)))
 
 
 def _type_words(kind: Any) -> str:

@@ -51,9 +51,9 @@ class EnvironmentCommand(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         super().format_help(ctx, formatter)
         if self._environment is not None:
-            from rlvr.cli.environments import option_rows, print_options
+            from rlvr.cli.environments import option_rows, write_options
 
-            print_options(self._environment, option_rows(self._environment))
+            write_options(formatter, self._environment, option_rows(self._environment))
 
 
 def environment_arguments(environment: str | None, arguments: Sequence[str]) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class ChatRenderer:
         if not (chat_template or getattr(tokenizer, "chat_template", None)):
             raise ModelError(
                 f"the tokenizer {_name(tokenizer)!r} has no chat template, so messages cannot become a "
-                "prompt. Use an instruction-tuned model, or give a Jinja template as chat_template."
+                "prompt. Use an instruction-tuned model, or set a Jinja template as tokenizer.chat_template."
             )
         self.tokenizer = tokenizer
         self.tools = [schema_of(tool) for tool in tools]
@@ -116,14 +116,14 @@ class ChatRenderer:
                 f"{self._template_name} is not prefix-preserving: after a {replies[0]['role']!r} message it "
                 "renders what came before differently, so the policy would be trained on ids that it has not "
                 f"seen.\n  before: {_tail(before[0])}\n  after: {_tail(text)}\n"
-                "Give a template that only appends as chat_template, or use an environment of a single turn."
+                "Set a template that only appends as tokenizer.chat_template, or use an environment of a single turn."
             )
         end = text.find(self.end_of_turn, text.rindex(_SAID))
         if end < 0:
             raise EnvironmentDefinitionError(
                 f"{self._template_name} closes a turn with {self.end_of_turn!r}, but not a turn that is "
                 f"followed by a {replies[0]['role']!r} message. "
-                "Give a template that closes every turn as chat_template."
+                "Set a template that closes every turn as tokenizer.chat_template."
             )
         return text, end + len(self.end_of_turn)
 
@@ -140,7 +140,7 @@ class ChatRenderer:
             problem = "puts tool results inside the assistant's turn" if _RESULT in text else "leaves out tool results"
         raise EnvironmentDefinitionError(
             f"{self._template_name} {problem}, so the policy could not use them. "
-            "Use a model made for tool calls, or give a template that renders tools as chat_template."
+            "Use a model made for tool calls, or set a template that renders tools as tokenizer.chat_template."
         )
 
     def _render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> str:
@@ -159,7 +159,7 @@ class ChatRenderer:
             roles = ", ".join(message["role"] for message in messages)
             raise EnvironmentDefinitionError(
                 f"{self._template_name} refuses a conversation of the roles {roles}: {error}. "
-                "Use messages that it knows, or give another template as chat_template."
+                "Use messages that it knows, or set another template as tokenizer.chat_template."
             ) from error
 
     @property

@@ -66,10 +66,12 @@ class RunFolder:
                 "Choose another with --output-dir."
             ) from error
         if held and resume_from is None:
-            what = "another run" if "config.yaml" in held else f"other files ({', '.join(held[:3])})"
+            is_run = "config.yaml" in held
+            what = "another run" if is_run else f"other files ({', '.join(held[:3])})"
+            going_on = ", or go on with the run: --resume-from-checkpoint last" if is_run else ""
             raise RunFolderError(
                 f"the output folder {str(path)!r} holds {what}, and nothing is written over. Choose another with "
-                "--output-dir or --run-name, or go on with the run: --resume-from-checkpoint last."
+                f"--output-dir or --run-name{going_on}."
             )
         return cls(path, resume_from)
 

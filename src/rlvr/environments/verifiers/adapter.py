@@ -50,8 +50,8 @@ def load_verifiers(env_id: str, *, arguments: Mapping[str, Any] | None = None) -
         environment = vf.load_environment(env_id, **dict(arguments or {}))
     except Exception as error:
         raise EnvironmentDefinitionError(
-            f"the verifiers environment {env_id!r} cannot be loaded: {error}. Install its package, and look at its "
-            "arguments; see 'rlvr environments'."
+            f"the verifiers environment {env_id!r} cannot be loaded: {str(error).rstrip('.')}. "
+            "Install its package, and look at its arguments."
         ) from error
     finally:
         for number, handler in handlers.items():
