@@ -167,7 +167,18 @@ def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_fol
     assert summary["backend"] == "hf"
     assert {"exact_match", "reward", "pass@1"} <= summary["eval_before"].keys() & summary["eval_after"].keys()
 
-    resumed = command("train", "--resume-from-checkpoint", "last", "--output-dir", "run", "--max-steps", 3)
+    again = ("train", "--resume-from-checkpoint", "last", "--output-dir", "run")
+    kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    done = command(*again)
+    assert done.code == 2
+    assert "has done all of the run's 2 steps" in done.err
+    other = command(*again, "--max-steps", 3, "--lora-r", 4, "-m", "other")
+    assert other.code == 2
+    assert "lora_r was 16 in the run that is to go on, and is 4" in other.err
+    assert "model was" in other.err
+    assert kept == {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+
+    resumed = command(*again, "--max-steps", 3)
     assert resumed.code == 0, resumed.err
     assert [row["step"] for row in folder.metrics() if "reward" in row] == [1, 2, 3]
     assert folder.summary()["steps"] == 3

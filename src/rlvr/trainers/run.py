@@ -27,6 +27,7 @@ from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluator import Evaluator
 from rlvr.trainers.players import backend_name, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
+from rlvr.trainers.resuming import check_resumed
 
 logger = logging.getLogger(__name__)
 
@@ -159,6 +160,8 @@ def train_with(
     _check_services(settings)
     resume_from = settings.resume_from_checkpoint
     checkpoint = Path(resume_from) if resume_from else None
+    if checkpoint is not None:
+        check_resumed(settings, checkpoint)
     folder = RunFolder.reserve(settings.output_dir, resume_from=checkpoint)
     try:
         # The backend comes first: it may have to be imported before what an environment imports.

@@ -1,0 +1,46 @@
+"""What has to hold before a run goes on from a checkpoint. Found before anything is loaded or written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import Path
+
+from rlvr.config import LORA, TrainSettings
+from rlvr.errors import ConfigError, RunFolderError
+from rlvr.tracking.run_folder import RunFolder
+
+_OF_THE_ADAPTER = [field.name for field in fields(TrainSettings) if field.metadata["group"] == LORA]
+KEPT = ("env", "model", "revision", *_OF_THE_ADAPTER)
+"""What the checkpoint's weights belong to: a run that goes on cannot change it."""
+
+
+def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
+    """
+    Args:
+        settings: of the run as it is to go on.
+
+    Raises:
+        ConfigError: they say another environment, model or adapter than the run's own; all differences at once.
+        RunFolderError: the checkpoint is at the end of the run already.
+    """
+    assert settings.output_dir is not None
+    before, now = RunFolder(Path(settings.output_dir)).config(), settings.as_dict()
+    changed = [
+        f"{name} was {before[name]!r} in the run that is to go on, and is {now[name]!r}. Leave it out, or start a new "
+        "run in another --output-dir."
+        for name in KEPT
+        if name in before and before[name] != now[name]
+    ]
+    if changed:
+        raise ConfigError(changed)
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    end = settings.max_steps
+    if end is None and settings.num_epochs == before.get("num_epochs"):
+        end = state.get("max_steps")
+    if end and state["global_step"] >= end:
+        raise RunFolderError(
+            f"the checkpoint {str(checkpoint)!r} has done all of the run's {end} steps, so there is nothing to go on "
+            "with. Raise --max-steps, or evaluate the run: rlvr evaluate ... --adapter "
+            f"{settings.output_dir}."
+        )
