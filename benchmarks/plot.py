@@ -30,11 +30,12 @@ def plot(rows: list[dict], path: Path) -> None:
         axes.barh(names, widths, left=left, label=part, color=color)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     axes.bar_label(axes.containers[-1], labels=[f"{total:.1f} s" for total in left], padding=3)
-    axes.set(xlabel="seconds an optimizer step (median)", title=f"{rows[0]['shape']} on {rows[0]['device']}")
+    axes.set(xlabel="seconds an optimizer step (median)")
+    axes.set_title(f"{rows[0]['shape']}, {rows[0]['device']}", loc="left", fontsize="medium")
     axes.margins(x=0.12)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=3, loc="lower right")
+    axes.legend(frameon=False, ncols=3, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, metadata={"Date": None})
 
 

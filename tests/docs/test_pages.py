@@ -74,6 +74,8 @@ def test_every_option_exists(page, capsys, monkeypatch):
         with pytest.raises(SystemExit):
             musique_commands.main("hf", command)
         known |= set(re.findall(r"--[a-z][a-z0-9-]*", capsys.readouterr().out))
+    for script in re.findall(r"python (benchmarks/\w+\.py)", page.read_text()):
+        known |= set(re.findall(r'"(--[a-z-]+)"', (ROOT / script).read_text()))
     other_programs = {
         *("--no-deps", "--constraint", "--no-build-isolation"),
         *("--generation-config", "--enable-auto-tool-choice", "--tool-call-parser"),
