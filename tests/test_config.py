@@ -80,6 +80,7 @@ def test_all_problems_come_at_once():
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both on; choose one."),
         ({"peft": False, "load_in_4bit": True}, "quantized weights cannot be trained"),
         ({"peft": False, "fp16": True}, "float16 weights cannot be trained in full"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at least 0 and at most 4294967295."),
         ({"report_to": "auto,wandb"}, "report_to is 'auto,wandb'; allowed: auto, none"),
     ],
 )
