@@ -14,6 +14,7 @@ from tests_support import grpo_config
 from rlvr import Environment, Rubric
 from rlvr.errors import ConfigError, PatchedProcessError, RewardError, UnsupportedSettingError
 from rlvr.testing.tiny import tiny_model
+from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.compose import composed
 from rlvr.types import StopReason
@@ -169,6 +170,23 @@ def test_an_environment_gives_prompts_rewards_and_records(tmp_path, tokenizer):
     assert logged["stop_reason/end_of_turn"] + logged["stop_reason/token_budget"] == 1
 
 
+def test_a_second_training_hashes_the_weights_that_it_starts_from(tmp_path, tokenizer):
+    records, starts = [], []
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(),
+        processing_class=tokenizer,
+        env=environment(),
+        args=grpo_config(tmp_path, max_steps=1),
+        peft_config=lora(),
+        trajectory_sinks=[records.extend],
+    )
+    for _ in range(2):
+        starts.append(adapter_hash(trainer.model))
+        trainer.train()
+    assert starts[0] != starts[1]
+    assert [record.adapter for record in records] == [starts[0]] * 4 + [starts[1]] * 4
+
+
 def lambda_free_metric(trajectory):
     return 1.0 if set(trajectory.example) == {"question", "answer", "level"} else 0.0
 
@@ -223,6 +241,8 @@ def test_evaluation_generates_and_scores_only(tmp_path, tokenizer, monkeypatch):
     [
         (float("nan"), "nan"),
         (float("inf"), "inf"),
+        (-1e39, "-1e+39, which float32 cannot hold"),
+        pytest.param(10**400, "returned inf", id="huge"),
         ("good", "'good' of type str"),
         ([1.0], "of type list"),
     ],
