@@ -135,6 +135,14 @@ def test_environment_options_are_merged_one_by_one_for_the_same_environment_only
     assert merge(first, {"env": "b", "env_options": {"x": 1}})["env_options"] == {"x": 1}
 
 
+def test_a_run_that_is_named_later_gets_a_folder_of_its_own():
+    first = {"run_name": "first", "output_dir": "outputs/first"}
+    assert "output_dir" not in merge(first, {"run_name": "again"})
+    assert merge(first, {"run_name": "again", "output_dir": "new"})["output_dir"] == "new"
+    assert merge(first, {"output_dir": "new"}) == {"run_name": "first", "output_dir": "new"}
+    assert merge(first, {"seed": 1})["output_dir"] == "outputs/first"
+
+
 @pytest.mark.parametrize(
     ("changed", "sizes"),
     [

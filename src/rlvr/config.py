@@ -334,7 +334,10 @@ def settings_from(*layers: Mapping[str, Any], required: Iterable[str] = ()) -> T
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win. The options of an environment are merged one by one, as long as it is the same one."""
+    """Later layers win. The options of an environment are merged one by one, as long as it is the same one.
+
+    A layer that names a run and no output folder gets the default folder of that name, not an earlier layer's.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         values = {name.replace("-", "_"): value for name, value in layer.items()}
@@ -351,6 +354,8 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
                 del merged["gradient_accumulation_steps"]
             elif "gradient_accumulation_steps" in values and "prompts_per_step" not in values:
                 del merged["prompts_per_step"]
+        if values.get("run_name") and "output_dir" not in values:
+            merged.pop("output_dir", None)
         merged.update(values)
     return merged
 

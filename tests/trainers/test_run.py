@@ -209,6 +209,27 @@ def test_settings_come_from_file_then_keywords(tmp_path, monkeypatch):
         rlvr.train("arithmetic")
 
 
+def test_options_of_loading_in_a_file_come_too_late_for_a_loaded_policy(environment, policy, tmp_path):
+    (tmp_path / "run.yaml").write_text("load-in-4bit: true\nlora_r: 4\n")
+    with pytest.raises(ConfigError) as caught:
+        rlvr.train(environment, policy, "hf", config=tmp_path / "run.yaml", **SMALL, output_dir=tmp_path / "run")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["load_in_4bit", "lora_r"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_a_run_has_left_repeats_it(environment, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {**SMALL, "eval_samples": 0, "save_steps": 1}
+    first = rlvr.train(environment, model_folder, "hf", **options, max_steps=1, run_name="first")
+    rlvr.train(environment, resume_from_checkpoint="last", run_name="first", max_steps=2)
+    resumed = first.folder / "config.resumed-1.yaml"
+    again = rlvr.train(environment, config=resumed, run_name="again")
+    elsewhere = rlvr.train(environment, config=resumed, output_dir="elsewhere")
+    assert [str(run.folder) for run in (again, elsewhere)] == ["outputs/again", "elsewhere"]
+    for run in (again, elsewhere):
+        assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2]
+
+
 def test_examples_with_long_prompts_are_left_out_and_counted(environment, policy, caplog):
     environment.train_dataset = [*environment.train_dataset, {"question": "x" * 100, "answer": ""}]
     settings = TrainSettings(max_prompt_length=64, num_generations=2, prompts_per_step=2).resolved()

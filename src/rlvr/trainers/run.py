@@ -91,7 +91,7 @@ def train(
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
     resolved = resolve_settings(*layers)
-    if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, settings)):
+    if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, merge(*layers))):
         raise ConfigError(problems)
     if isolate:
         from rlvr.trainers.isolated import train_isolated
