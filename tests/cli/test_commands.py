@@ -281,6 +281,15 @@ def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folde
     assert not Path("other").exists()
 
 
+def test_several_processes_of_the_quickstart_need_a_name(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = command("train", "--dry-run", "--batch-size", 64)
+    assert refused.code == 2
+    assert "Give one: --run-name or --output-dir" in refused.err
+    named = command("train", "--dry-run", "--batch-size", 64, "--run-name", "mine")
+    assert yaml.safe_load(named.out)["output_dir"] == "outputs/mine"
+
+
 def test_runs_that_begin_in_one_second_have_names_of_their_own(command, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda form, *_: "now")
     Path("outputs/arithmetic-m-hf-now").mkdir(parents=True)

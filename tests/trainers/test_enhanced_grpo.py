@@ -12,7 +12,16 @@ from peft import LoraConfig
 from tests_support import grpo_config
 
 from rlvr import Environment, Rubric
-from rlvr.errors import ConfigError, PatchedProcessError, RewardError, UnsupportedSettingError
+from rlvr.errors import (
+    ConfigError,
+    EnvironmentDefinitionError,
+    InfrastructureError,
+    ModelError,
+    PatchedProcessError,
+    RewardError,
+    RlvrError,
+    UnsupportedSettingError,
+)
 from rlvr.testing.tiny import tiny_model
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.trainers import EnhancedGRPOTrainer
@@ -264,6 +273,47 @@ def test_a_bad_reward_stops_the_run_after_saving(tmp_path, tokenizer, value, wor
     assert words in str(caught.value)
     assert "'answer': '7'" in str(caught.value)
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+class Breaks(Environment):
+    """The rollouts of its first step are played; then its code raises `error`."""
+
+    begun = 0
+
+    def new_state(self, example):
+        self.begun += 1
+        if self.begun > 4:
+            raise self.error("the service is gone")
+        return {}
+
+
+@pytest.mark.parametrize("error", [EnvironmentDefinitionError, InfrastructureError, ModelError, ValueError])
+def test_a_run_that_its_environment_stops_is_saved_first(tmp_path, tokenizer, caplog, error):
+    env = Breaks(name="breaks", train_dataset=environment().train_dataset, rubric=Rubric(text_length))
+    env.error = error
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=env, args=grpo_config(tmp_path), peft_config=lora()
+    )
+    with pytest.raises(RlvrError, match="the service is gone"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    assert f"its state is saved in {tmp_path / 'checkpoint-1'}" in caplog.text
+
+
+def test_a_state_that_was_not_saved_is_not_said_to_be(tmp_path, tokenizer, caplog, monkeypatch):
+    def broken(completions, **_):
+        raise KeyError("answers")
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=broken, args=grpo_config(tmp_path),
+        train_dataset=Dataset.from_list(PROMPTS), peft_config=lora(),
+    )  # fmt: skip
+    (tmp_path / "checkpoint-0").mkdir()
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda model, trial: None)  # as in a process that is not the main
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert "its state is not saved" in caplog.text
+    assert "its state is saved" not in caplog.text
 
 
 def test_a_rubric_function_that_raises_names_itself_and_the_example(tmp_path, tokenizer):

@@ -13,6 +13,7 @@ from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, DataError, RewardError
 from rlvr.rewards.rubric import Rubric, WeightedReward
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.run import resolve_settings, training_arguments, training_rows
 
 pytestmark = pytest.mark.both
@@ -207,6 +208,41 @@ def test_settings_come_from_file_then_keywords(tmp_path, monkeypatch):
     assert resolve_settings({"env": "reasoning-gym:x", "model": "m"}).run_name.startswith("reasoning-gym-x-m-mine-")
     with pytest.raises(ConfigError, match="no model was given"):
         rlvr.train("arithmetic")
+
+
+def test_several_processes_are_given_the_name_of_their_run(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = {"env": "arithmetic", "model": "m"}
+    with pytest.raises(ConfigError, match=r"2 processes train, .* Give one: --run-name or --output-dir"):
+        resolve_settings(asked)
+    assert resolve_settings(asked, {"run_name": "mine"}).output_dir == "outputs/mine"
+    assert resolve_settings(asked, {"output_dir": "mine"}).output_dir == "mine"
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_the_main_process_pushes(environment, policy, tmp_path, monkeypatch, main):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    for part in (policy.model, policy.tokenizer):
+        monkeypatch.setattr(part, "push_to_hub", pushed.append, raising=False)
+    monkeypatch.setattr(EnhancedGRPOTrainer, "is_world_process_zero", lambda self: main, raising=False)
+    options = {**SMALL, "max_steps": 1, "eval_samples": 0, "push_to_hub": True, "run_name": "mine"}
+    rlvr.train(environment, policy, "hf", **options, output_dir=tmp_path / "run")
+    assert pushed == (["mine", "mine"] if main else [])
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"hub_model_id": "a/b/c"}, "hub_model_id is 'a/b/c'; it must be a repository"),
+        ({"run_name": "a run"}, "run_name, which names the repository .* is 'a run'; it must be a repository"),
+    ],
+)
+def test_what_cannot_be_pushed_to_is_refused_before_training(environment, policy, tmp_path, monkeypatch, named, says):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    with pytest.raises(ConfigError, match=says):
+        rlvr.train(environment, policy, "hf", **SMALL, push_to_hub=True, **named, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_options_of_loading_in_a_file_come_too_late_for_a_loaded_policy(environment, policy, tmp_path):

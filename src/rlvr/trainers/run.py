@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
-from rlvr.config import TrainSettings, merge, read_config, settings_from
+from rlvr.config import TrainSettings, merge, processes, read_config, settings_from
 from rlvr.environments.base import Environment
 from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
 from rlvr.tracking.adapter_hash import adapter_hash
-from rlvr.tracking.hub import require_token
+from rlvr.tracking.hub import check_push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluator import Evaluator
@@ -133,6 +133,11 @@ def resolve_settings(*layers: Mapping[str, Any]) -> TrainSettings:
         layers = (RunFolder(run).config(), *layers, here)
     settings = settings_from(*layers, required=("env", "model")).resolved()
     backend = settings.backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKEND
+    if processes() > 1 and not (settings.run_name or settings.output_dir):
+        raise ConfigError(
+            f"{processes()} processes train, and each would make up another name for the run and its folder. "
+            "Give one: --run-name or --output-dir."
+        )
     run_name = settings.run_name or _new_run_name(settings, backend)
     return replace(
         settings,
@@ -236,7 +241,7 @@ def _train(
         "eval_after": after.metrics if after else {},
     }
     folder.write_summary(summary)
-    if settings.push_to_hub:
+    if settings.push_to_hub and trainer.is_world_process_zero():
         _push(policy, settings)
     return Run(folder.path, summary, policy)
 
@@ -386,13 +391,18 @@ def _check_services(settings: TrainSettings) -> None:
             "or use --rollout-engine auto."
         )
     if settings.push_to_hub:
-        require_token()
+        given = settings.hub_model_id is not None
+        option = "hub_model_id" if given else "run_name, which names the repository where hub_model_id is not given,"
+        check_push(_repository(settings), option=option)
 
 
 def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
-    name = settings.hub_model_id or settings.run_name
     for part in (policy.model, policy.tokenizer):
-        part.push_to_hub(name)  # type: ignore[arg-type]
+        part.push_to_hub(_repository(settings))
+
+
+def _repository(settings: TrainSettings) -> str:
+    return settings.run_name or "" if settings.hub_model_id is None else settings.hub_model_id
 
 
 def _new_run_name(settings: TrainSettings, backend: str) -> str:
