@@ -278,6 +278,30 @@ def test_examples_with_long_prompts_are_left_out_and_counted(environment, policy
         training_rows(environment, policy, many)
 
 
+def test_held_out_examples_with_long_prompts_are_left_out_and_counted(environment, policy, tmp_path, caplog):
+    long = {"question": "x" * 100, "answer": ""}
+    environment.eval_dataset = [long, *environment.eval_dataset]
+    run = rlvr.train(environment, policy, "hf", **SMALL, max_steps=1, eval_samples=3, output_dir=tmp_path / "run")
+    evaluated = [(row["step"], row["group"]) for row in run.trajectories() if row["phase"] == "eval"]
+    assert evaluated == [(step, example) for step in (0, 1) for example in (1, 2)]
+    left_out = "1 of 3 held-out examples are left out: their prompts are longer than max_prompt_length 64 tokens."
+    assert [record.getMessage() for record in caplog.records].count(left_out) == 1
+
+    options = {"max_prompt_length": 64, "max_tokens": 4, "output": tmp_path / "attempts.jsonl"}
+    found = rlvr.evaluate(environment, policy, "hf", **options)
+    assert [item.example for item in found.trajectories] == [1, 2, 3]
+    assert "1 of 4 examples are left out" in caplog.text
+    again = rlvr.evaluate(environment, policy, "hf", **options, resume=True)
+    assert (again.examples, again.metrics) == (3, found.metrics)
+
+    environment.eval_dataset = [long]
+    with pytest.raises(DataError, match="every prompt of the 1 examples of environment 'bytes' is longer"):
+        rlvr.evaluate(environment, policy, "hf", max_prompt_length=64, max_tokens=4)
+    with pytest.raises(DataError, match="every prompt of the 1 held-out examples"):
+        rlvr.train(environment, policy, "hf", **SMALL, max_steps=1, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
 class Demanding:
     """A backend that insists on one argument."""
 

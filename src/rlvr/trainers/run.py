@@ -19,13 +19,13 @@ from rlvr.environments.base import Environment
 from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
-from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
+from rlvr.rollout.tool_calls import asked_parser
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import check_push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluator import Evaluator
-from rlvr.trainers.players import backend_name, loaded_policy_problems
+from rlvr.trainers.players import backend_name, fitting_examples, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
 
 logger = logging.getLogger(__name__)
@@ -173,25 +173,25 @@ def train_with(
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
+        evaluator = Evaluator(
+            environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
+        )
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
-            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks, parser)
+            return _train(settings, rows, arguments, folder, callbacks, evaluator)
     finally:
         folder.release_if_unused()
 
 
 def _train(
     settings: TrainSettings,
-    environment: Environment,
-    backend: ModelBackend,
-    policy: LoadedPolicy,
     rows: Sequence[Any],
     arguments: dict[str, Any],
     folder: RunFolder,
     callbacks: Sequence[Any],
-    parser: ToolCallParser | None,
+    evaluator: Evaluator,
 ) -> Run:
     from transformers import PrinterCallback
     from trl import GRPOConfig
@@ -199,9 +199,7 @@ def _train(
     from rlvr.tracking.progress import MetricsRows, ProgressDisplay
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    evaluator = Evaluator(
-        environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
-    )
+    environment, backend, policy = evaluator.environment, evaluator.backend, evaluator.policy
     progress = ProgressDisplay()
     trainer = EnhancedGRPOTrainer(
         model=policy.model,
@@ -211,7 +209,7 @@ def _train(
         args=GRPOConfig(**arguments),
         callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
         rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
-        tool_call_parser=parser,
+        tool_call_parser=evaluator.parser,
         shared_prefix=settings.shared_prefix,  # type: ignore[arg-type]
         canary_every=settings.canary_every,
         trajectory_sinks=[folder.add_trajectories],
@@ -252,32 +250,14 @@ def training_rows(environment: Environment, policy: LoadedPolicy, settings: Trai
     Raises:
         DataError: none fits, or fewer than the prompts of one step.
     """
-    from rlvr.rollout.chat import ChatRenderer
-
-    renderer = ChatRenderer(policy.tokenizer, tools=environment.tools)
     dataset = environment.train_dataset
-    fitting = [
-        index
-        for index in range(len(dataset))
-        if len(renderer.prompt_ids(environment.messages(dataset[index]))) <= settings.max_prompt_length
-    ]
-    left_out = len(dataset) - len(fitting)
-    if not fitting:
-        raise DataError(
-            f"every prompt of environment {environment.name!r} is longer than max_prompt_length "
-            f"{settings.max_prompt_length} tokens. Raise --max-prompt-length."
-        )
-    if left_out:
-        logger.warning(
-            "%d of %d examples are left out: their prompts are longer than max_prompt_length %d tokens.",
-            *(left_out, len(dataset), settings.max_prompt_length),
-        )
+    fitting = fitting_examples(environment, dataset, policy.tokenizer, max_prompt_length=settings.max_prompt_length)
     if len(fitting) < (settings.prompts_per_step or 1):
         raise DataError(
             f"environment {environment.name!r} has {len(fitting)} training examples, and a step takes "
             f"{settings.prompts_per_step} different prompts. Lower --prompts-per-step, or bring more examples."
         )
-    return dataset if not left_out else [dataset[index] for index in fitting]
+    return dataset if len(fitting) == len(dataset) else [dataset[index] for index in fitting]
 
 
 def training_arguments(
