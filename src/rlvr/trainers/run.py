@@ -378,7 +378,7 @@ def _check_services(settings: TrainSettings) -> None:
 
 def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
     for part in (policy.model, policy.tokenizer):
-        part.push_to_hub(_repository(settings))
+        part.push_to_hub(_repository(settings))  # type: ignore[arg-type]
 
 
 def _repository(settings: TrainSettings) -> str:
