@@ -80,6 +80,7 @@ def test_all_problems_come_at_once():
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both on; choose one."),
         ({"peft": False, "load_in_4bit": True}, "quantized weights cannot be trained"),
         ({"peft": False, "fp16": True}, "float16 weights cannot be trained in full"),
+        ({"seed": 2**32}, "seed is 4294967296; it must be at least 0 and at most 4294967295."),
         ({"report_to": "auto,wandb"}, "report_to is 'auto,wandb'; allowed: auto, none"),
     ],
 )
@@ -132,6 +133,14 @@ def test_environment_options_are_merged_one_by_one_for_the_same_environment_only
     assert merge(first, {"env": "a", "env_options": {"level": 2}})["env_options"] == {"level": 2, "size": 5}
     assert merge(first, {"env": "b"})["env_options"] == {}
     assert merge(first, {"env": "b", "env_options": {"x": 1}})["env_options"] == {"x": 1}
+
+
+def test_a_run_that_is_named_later_gets_a_folder_of_its_own():
+    first = {"run_name": "first", "output_dir": "outputs/first"}
+    assert "output_dir" not in merge(first, {"run_name": "again"})
+    assert merge(first, {"run_name": "again", "output_dir": "new"})["output_dir"] == "new"
+    assert merge(first, {"output_dir": "new"}) == {"run_name": "first", "output_dir": "new"}
+    assert merge(first, {"seed": 1})["output_dir"] == "outputs/first"
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ class TrainSettings:
     eval_every: int = option(0, "steps between further evaluations; 0: none", RUN, least=0)
     push_to_hub: bool = option(False, "push the trained adapter or model to the Hub at the end", RUN)
     hub_model_id: str | None = option(None, "repository to push to; by default the run name", RUN)
-    seed: int = option(0, "of data order, sampling and new weights", RUN, least=0)
+    seed: int = option(0, "of data order, sampling and new weights", RUN, least=0, most=2**32 - 1)
 
     def __post_init__(self) -> None:
         problems = []
@@ -334,7 +334,10 @@ def settings_from(*layers: Mapping[str, Any], required: Iterable[str] = ()) -> T
 
 
 def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Later layers win. The options of an environment are merged one by one, as long as it is the same one."""
+    """Later layers win. The options of an environment are merged one by one, as long as it is the same one.
+
+    A layer that names a run and no output folder gets the default folder of that name, not an earlier layer's.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         values = {name.replace("-", "_"): value for name, value in layer.items()}
@@ -351,6 +354,8 @@ def merge(*layers: Mapping[str, Any]) -> dict[str, Any]:
                 del merged["gradient_accumulation_steps"]
             elif "gradient_accumulation_steps" in values and "prompts_per_step" not in values:
                 del merged["prompts_per_step"]
+        if values.get("run_name") and "output_dir" not in values:
+            merged.pop("output_dir", None)
         merged.update(values)
     return merged
 
@@ -432,7 +437,7 @@ def _checked(definition: Field[Any], value: Any) -> tuple[Any, str | None]:
     if kind in (int, float):
         limits = {words: limit for words, limit in definition.metadata["bounds"].items() if limit is not None}
         if not all(_within(value, words, limit) for words, limit in limits.items()):
-            allowed = " and ".join(f"{words} {limit:g}" for words, limit in limits.items())
+            allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
             allowed += " and finite" if value == float("inf") else ""
             hint = _WHY_TWO if name == "num_generations" else ""
             return value, f"{name} is {value}; it must be {allowed}.{hint}"

@@ -226,10 +226,18 @@ def test_a_model_behind_an_api_is_evaluated_and_resumed(command, monkeypatch):
     assert found["metrics"]["pass@1"] == pytest.approx(sum(solved) / 40)
     low, high = found["intervals"]["pass@1"]
     assert f"{found['metrics']['pass@1']:.3f} [{low:.3f}, {high:.3f}]" in shown.out
-    assert "20 examples × 2 attempts · 120 tokens" in shown.out
+    assert "20 held-out examples × 2 attempts · 120 tokens" in shown.out
     assert len(Path("a.jsonl").read_text().splitlines()) == 40
     written = [path.read_text() for path in Path().iterdir()]
     assert not any("sk-secret" in text for text in (*written, shown.out, shown.err, resumed.out, resumed.err))
+
+
+def test_an_evaluation_of_training_examples_says_so(command, model_folder):
+    Path("my.jsonl").write_text(json.dumps({"question": "1+1", "answer": "2"}) + "\n")
+    line = ("evaluate", "dataset", "--datasets", "my.jsonl", "--eval-fraction", 0, "-m", model_folder)
+    shown = command(*line, "--max-tokens", 4, "--max-prompt-length", 64)
+    assert shown.code == 0, shown.err
+    assert "1 training examples × 1 attempts" in shown.out
 
 
 def test_a_refusal_of_the_api_is_one_message(command, monkeypatch):
@@ -290,6 +298,15 @@ def test_without_arguments_the_quickstart_runs(command, monkeypatch, model_folde
     assert command("train", "--num-generations", 1, "--output-dir", "other").code == 2
     assert built == [0]  # the last two were refused before a model was built
     assert not Path("other").exists()
+
+
+def test_several_processes_of_the_quickstart_need_a_name(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    refused = command("train", "--dry-run", "--batch-size", 64)
+    assert refused.code == 2
+    assert "Give one: --run-name or --output-dir" in refused.err
+    named = command("train", "--dry-run", "--batch-size", 64, "--run-name", "mine")
+    assert yaml.safe_load(named.out)["output_dir"] == "outputs/mine"
 
 
 def test_runs_that_begin_in_one_second_have_names_of_their_own(command, monkeypatch):

@@ -189,6 +189,8 @@ def test_from_trl_gives_the_whole_completion():
         ([{"question": "a", "answer": {"x": 1}}], {}, "has {'x': 1} in 'answer'"),
         ([{"question": "a", "answer": True}], {}, "has True in 'answer'"),
         ([{"question": "a"}, {"question": "b", "answer": "c"}], {}, "row 1 .* has None in 'answer'"),
+        ([{"question": "a\ud800", "answer": "b"}], {}, r"row 1 .* has 'a\\ud800' in 'question', and half a surrogate"),
+        ([{"prompt": [{"role": "user", "content": "\udc00"}], "answer": "b"}], {}, "row 1 .* half a surrogate pair"),
         ([], {}, "has no rows"),
         (ROWS, {"eval_fraction": 1.0}, "eval_fraction is 1.0"),
         (ROWS, {"eval_datasets": "missing.jsonl"}, "there is no file 'missing.jsonl'"),
@@ -230,6 +232,16 @@ def test_files_that_cannot_be_read(tmp_path, name, text, message):
 def test_names_that_cannot_be_used(datasets, message):
     with pytest.raises(DataError, match=message):
         rlvr_environment(datasets=datasets)
+
+
+def test_a_local_file_is_taken_whole_and_a_part_of_it_is_refused(file):
+    for harmless in (file, f"{file},,", f"{file},default,train"):
+        assert len(rlvr_environment(datasets=harmless, eval_fraction=0).train_dataset) == len(ROWS)
+    for part in (f"{file},default,test", f"{file},,train[:5]", f"{file},main"):
+        with pytest.raises(DataError, match="is a local file, which has no name and no split"):
+            rlvr_environment(datasets=part)
+    with pytest.raises(DataError, match="is a local file"):
+        rlvr_environment(datasets=file, eval_datasets=f"{file},,test")
 
 
 @pytest.mark.parametrize(

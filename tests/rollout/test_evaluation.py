@@ -168,6 +168,25 @@ def test_the_limit_takes_the_first_examples_and_progress_is_told(environment, to
     assert told == [(1, 1)]
 
 
+def test_only_some_examples_are_played_under_their_own_numbers(environment, tokenizer):
+    engine = ScriptedEngine(tokenizer, ["50", "0"])
+    found = evaluate_policy(environment, local(engine, tokenizer), samples=2, only=[1])
+    assert [(item.example, item.attempt) for item in found.trajectories] == [(1, 0), (1, 1)]
+    assert (found.examples, found.metrics["pass@1"], list(found.groups)) == (1, 0.5, ["level=b"])
+
+
+def test_training_examples_in_place_of_held_out_ones_are_told(environment, tokenizer, caplog):
+    held_out = evaluate_policy(environment, local(ScriptedEngine(tokenizer, ["2", "50"]), tokenizer))
+    assert held_out.as_json()["split"] == "eval"
+    assert not caplog.records
+    environment.eval_dataset = None
+    found = evaluate_policy(environment, local(ScriptedEngine(tokenizer, ["0"]), tokenizer))
+    assert found.as_json()["split"] == "train"
+    assert [record.getMessage() for record in caplog.records] == [
+        "environment 'sums' has no held-out examples: those of the train split are played."
+    ]
+
+
 def test_failed_infrastructure_is_excluded_and_counted_never_reward_zero(environment):
     rows = list(environment.eval_dataset)
     ended = Turn({"role": "assistant", "content": "2"})

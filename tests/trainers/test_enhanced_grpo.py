@@ -12,8 +12,18 @@ from peft import LoraConfig
 from tests_support import grpo_config
 
 from rlvr import Environment, Rubric
-from rlvr.errors import ConfigError, PatchedProcessError, RewardError, UnsupportedSettingError
+from rlvr.errors import (
+    ConfigError,
+    EnvironmentDefinitionError,
+    InfrastructureError,
+    ModelError,
+    PatchedProcessError,
+    RewardError,
+    RlvrError,
+    UnsupportedSettingError,
+)
 from rlvr.testing.tiny import tiny_model
+from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.compose import composed
 from rlvr.types import StopReason
@@ -169,6 +179,23 @@ def test_an_environment_gives_prompts_rewards_and_records(tmp_path, tokenizer):
     assert logged["stop_reason/end_of_turn"] + logged["stop_reason/token_budget"] == 1
 
 
+def test_a_second_training_hashes_the_weights_that_it_starts_from(tmp_path, tokenizer):
+    records, starts = [], []
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(),
+        processing_class=tokenizer,
+        env=environment(),
+        args=grpo_config(tmp_path, max_steps=1),
+        peft_config=lora(),
+        trajectory_sinks=[records.extend],
+    )
+    for _ in range(2):
+        starts.append(adapter_hash(trainer.model))
+        trainer.train()
+    assert starts[0] != starts[1]
+    assert [record.adapter for record in records] == [starts[0]] * 4 + [starts[1]] * 4
+
+
 def lambda_free_metric(trajectory):
     return 1.0 if set(trajectory.example) == {"question", "answer", "level"} else 0.0
 
@@ -223,6 +250,8 @@ def test_evaluation_generates_and_scores_only(tmp_path, tokenizer, monkeypatch):
     [
         (float("nan"), "nan"),
         (float("inf"), "inf"),
+        (-1e39, "-1e+39, which float32 cannot hold"),
+        pytest.param(10**400, "returned inf", id="huge"),
         ("good", "'good' of type str"),
         ([1.0], "of type list"),
     ],
@@ -244,6 +273,47 @@ def test_a_bad_reward_stops_the_run_after_saving(tmp_path, tokenizer, value, wor
     assert words in str(caught.value)
     assert "'answer': '7'" in str(caught.value)
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+class Breaks(Environment):
+    """The rollouts of its first step are played; then its code raises `error`."""
+
+    begun = 0
+
+    def new_state(self, example):
+        self.begun += 1
+        if self.begun > 4:
+            raise self.error("the service is gone")
+        return {}
+
+
+@pytest.mark.parametrize("error", [EnvironmentDefinitionError, InfrastructureError, ModelError, ValueError])
+def test_a_run_that_its_environment_stops_is_saved_first(tmp_path, tokenizer, caplog, error):
+    env = Breaks(name="breaks", train_dataset=environment().train_dataset, rubric=Rubric(text_length))
+    env.error = error
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, env=env, args=grpo_config(tmp_path), peft_config=lora()
+    )
+    with pytest.raises(RlvrError, match="the service is gone"):
+        trainer.train()
+    assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    assert f"its state is saved in {tmp_path / 'checkpoint-1'}" in caplog.text
+
+
+def test_a_state_that_was_not_saved_is_not_said_to_be(tmp_path, tokenizer, caplog, monkeypatch):
+    def broken(completions, **_):
+        raise KeyError("answers")
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=broken, args=grpo_config(tmp_path),
+        train_dataset=Dataset.from_list(PROMPTS), peft_config=lora(),
+    )  # fmt: skip
+    (tmp_path / "checkpoint-0").mkdir()
+    monkeypatch.setattr(trainer, "_save_checkpoint", lambda model, trial: None)  # as in a process that is not the main
+    with pytest.raises(RewardError):
+        trainer.train()
+    assert "its state is not saved" in caplog.text
+    assert "its state is saved" not in caplog.text
 
 
 def test_a_rubric_function_that_raises_names_itself_and_the_example(tmp_path, tokenizer):

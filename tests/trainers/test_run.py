@@ -13,6 +13,7 @@ from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, DataError, RewardError
 from rlvr.rewards.rubric import Rubric, WeightedReward
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.run import resolve_settings, training_arguments, training_rows
 
 pytestmark = pytest.mark.both
@@ -218,6 +219,62 @@ def test_settings_come_from_file_then_keywords(tmp_path, monkeypatch):
         rlvr.train("arithmetic")
 
 
+def test_several_processes_are_given_the_name_of_their_run(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = {"env": "arithmetic", "model": "m"}
+    with pytest.raises(ConfigError, match=r"2 processes train, .* Give one: --run-name or --output-dir"):
+        resolve_settings(asked)
+    assert resolve_settings(asked, {"run_name": "mine"}).output_dir == "outputs/mine"
+    assert resolve_settings(asked, {"output_dir": "mine"}).output_dir == "mine"
+
+
+@pytest.mark.parametrize("main", [True, False])
+def test_the_main_process_pushes(environment, policy, tmp_path, monkeypatch, main):
+    pushed = []
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    for part in (policy.model, policy.tokenizer):
+        monkeypatch.setattr(part, "push_to_hub", pushed.append, raising=False)
+    monkeypatch.setattr(EnhancedGRPOTrainer, "is_world_process_zero", lambda self: main, raising=False)
+    options = {**SMALL, "max_steps": 1, "eval_samples": 0, "push_to_hub": True, "run_name": "mine"}
+    rlvr.train(environment, policy, "hf", **options, output_dir=tmp_path / "run")
+    assert pushed == (["mine", "mine"] if main else [])
+
+
+@pytest.mark.parametrize(
+    ("named", "says"),
+    [
+        ({"hub_model_id": "a/b/c"}, "hub_model_id is 'a/b/c'; it must be a repository"),
+        ({"run_name": "a run"}, "run_name, which names the repository .* is 'a run'; it must be a repository"),
+    ],
+)
+def test_what_cannot_be_pushed_to_is_refused_before_training(environment, policy, tmp_path, monkeypatch, named, says):
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
+    with pytest.raises(ConfigError, match=says):
+        rlvr.train(environment, policy, "hf", **SMALL, push_to_hub=True, **named, output_dir=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_of_loading_in_a_file_come_too_late_for_a_loaded_policy(environment, policy, tmp_path):
+    (tmp_path / "run.yaml").write_text("load-in-4bit: true\nlora_r: 4\n")
+    with pytest.raises(ConfigError) as caught:
+        rlvr.train(environment, policy, "hf", config=tmp_path / "run.yaml", **SMALL, output_dir=tmp_path / "run")
+    assert [problem.split()[0] for problem in caught.value.problems] == ["load_in_4bit", "lora_r"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_configuration_that_a_run_has_left_repeats_it(environment, model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = {**SMALL, "eval_samples": 0, "save_steps": 1}
+    first = rlvr.train(environment, model_folder, "hf", **options, max_steps=1, run_name="first")
+    rlvr.train(environment, resume_from_checkpoint="last", run_name="first", max_steps=2)
+    resumed = first.folder / "config.resumed-1.yaml"
+    again = rlvr.train(environment, config=resumed, run_name="again")
+    elsewhere = rlvr.train(environment, config=resumed, output_dir="elsewhere")
+    assert [str(run.folder) for run in (again, elsewhere)] == ["outputs/again", "elsewhere"]
+    for run in (again, elsewhere):
+        assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2]
+
+
 def test_examples_with_long_prompts_are_left_out_and_counted(environment, policy, caplog):
     environment.train_dataset = [*environment.train_dataset, {"question": "x" * 100, "answer": ""}]
     settings = TrainSettings(max_prompt_length=64, num_generations=2, prompts_per_step=2).resolved()
@@ -228,6 +285,30 @@ def test_examples_with_long_prompts_are_left_out_and_counted(environment, policy
     many = TrainSettings(max_prompt_length=64, num_generations=2, prompts_per_step=10).resolved()
     with pytest.raises(DataError, match="has 9 training examples, and a step takes 10"):
         training_rows(environment, policy, many)
+
+
+def test_held_out_examples_with_long_prompts_are_left_out_and_counted(environment, policy, tmp_path, caplog):
+    long = {"question": "x" * 100, "answer": ""}
+    environment.eval_dataset = [long, *environment.eval_dataset]
+    run = rlvr.train(environment, policy, "hf", **SMALL, max_steps=1, eval_samples=3, output_dir=tmp_path / "run")
+    evaluated = [(row["step"], row["group"]) for row in run.trajectories() if row["phase"] == "eval"]
+    assert evaluated == [(step, example) for step in (0, 1) for example in (1, 2)]
+    left_out = "1 of 3 held-out examples are left out: their prompts are longer than max_prompt_length 64 tokens."
+    assert [record.getMessage() for record in caplog.records].count(left_out) == 1
+
+    options = {"max_prompt_length": 64, "max_tokens": 4, "output": tmp_path / "attempts.jsonl"}
+    found = rlvr.evaluate(environment, policy, "hf", **options)
+    assert [item.example for item in found.trajectories] == [1, 2, 3]
+    assert "1 of 4 examples are left out" in caplog.text
+    again = rlvr.evaluate(environment, policy, "hf", **options, resume=True)
+    assert (again.examples, again.metrics) == (3, found.metrics)
+
+    environment.eval_dataset = [long]
+    with pytest.raises(DataError, match="every prompt of the 1 examples of environment 'bytes' is longer"):
+        rlvr.evaluate(environment, policy, "hf", max_prompt_length=64, max_tokens=4)
+    with pytest.raises(DataError, match="every prompt of the 1 held-out examples"):
+        rlvr.train(environment, policy, "hf", **SMALL, max_steps=1, output_dir=tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 class Demanding:

@@ -110,6 +110,9 @@ def evaluate(
         print_evaluation(found)
 
 
+_SPLITS = {"eval": "held-out examples", "train": "training examples"}
+
+
 def print_evaluation(found: Evaluation) -> None:
     from rich.console import Console
 
@@ -118,7 +121,8 @@ def print_evaluation(found: Evaluation) -> None:
     console.print(metrics_table({"all": found.metrics, **found.groups}, intervals))
     reasons = ", ".join(f"{reason} {share:.0%}" for reason, share in found.stop_reasons.items())
     console.print(
-        f"{found.examples} examples × {found.samples} attempts · {found.tokens} tokens · stopped by: {reasons}"
+        f"{found.examples} {_SPLITS[found.split]} × {found.samples} attempts · {found.tokens} tokens · "
+        f"stopped by: {reasons}"
     )
     if found.excluded:
         console.print(f"{found.excluded} attempts are not counted: infrastructure failed.")

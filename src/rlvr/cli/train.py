@@ -15,7 +15,7 @@ from rlvr.cli.options import (
     settings_parameters,
     with_parameters,
 )
-from rlvr.config import TrainSettings, read_config
+from rlvr.config import TrainSettings, processes, read_config
 from rlvr.trainers.run import resolve_settings, train_with
 
 
@@ -68,7 +68,8 @@ def _quickstart(flags: dict[str, Any], *, dry_run: bool) -> None:
     from rlvr import quickstart
     from rlvr.tracking.run_folder import RunFolder
 
-    name = {"run_name": time.strftime("quickstart-%Y%m%d-%H%M%S")}
+    # several processes would disagree about the time: theirs is left to `resolve_settings`, which asks for a name
+    name = {"run_name": time.strftime("quickstart-%Y%m%d-%H%M%S")} if processes() == 1 else {}
     settings = resolve_settings(quickstart.settings(seed=flags.get("seed", 0)), name, flags)
     if not dry_run:
         assert settings.output_dir is not None

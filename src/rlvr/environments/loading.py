@@ -18,34 +18,42 @@ def load_rows(spec: str, *, split: str = "train", on_bad_line: Callable[[str], N
 
     Args:
         spec: `path[,name[,split]]`, several separated by `;`. A path that ends in .jsonl, .json, .parquet or
-            .csv is a local file, which has no name and no split; any other is for `datasets.load_dataset`.
+            .csv is a local file, all of whose rows are taken; any other is for `datasets.load_dataset`.
         split: taken where a dataset names none.
         on_bad_line: told about each line of a .jsonl file that is no JSON object, which is then left out; by
             default such a line is an error.
 
     Raises:
-        DataError: a dataset cannot be loaded, or has no rows.
+        DataError: a dataset cannot be loaded or has no rows, or a part of a local file is asked for.
     """
     rows: list[Row] = []
     parts = [part.strip() for part in spec.split(";") if part.strip()]
     if not parts:
         raise DataError(f"datasets is {spec!r}; give 'path[,name[,split]]', several separated by ';'.")
     for part in parts:
-        path, name, of_split = _parse(part, split)
+        path, name, named_split = _parse(part)
         reader = _READERS.get(Path(path).suffix.lower())
-        found = _read_file(reader, path, on_bad_line) if reader else _load_dataset(path, name, of_split)
+        if reader and (name not in _WHOLE_FILE or named_split not in _WHOLE_FILE):
+            raise DataError(
+                f"the dataset {part!r} is a local file, which has no name and no split: all its rows are taken. "
+                f"Write {path!r}, and keep the rows of a split in a file of their own."
+            )
+        found = _read_file(reader, path, on_bad_line) if reader else _load_dataset(path, name, named_split or split)
         if not found:
             raise DataError(f"the dataset {part!r} has no rows.")
         rows += found
     return rows
 
 
-def _parse(part: str, split: str) -> tuple[str, str | None, str]:
+_WHOLE_FILE = (None, "default", "train")  # the name and the split that `datasets` gives to a file itself
+
+
+def _parse(part: str) -> tuple[str, str | None, str | None]:
     fields = [field.strip() for field in part.split(",")]
     if len(fields) > 3 or not fields[0]:
         raise DataError(f"the dataset {part!r} cannot be read; write 'path', 'path,name' or 'path,name,split'.")
     path, name, named_split = (*fields, "", "")[:3]
-    return path, name or None, named_split or split
+    return path, name or None, named_split or None
 
 
 def _read_file(

@@ -18,6 +18,7 @@ from rlvr.errors import ConfigError, ExportError, RunFolderError
 from rlvr.exporting.parity import Expected, Parity, compare, logprobs, tolerance
 from rlvr.exporting.source import Source, find_source
 from rlvr.exporting.writers import Writer, choose_writer
+from rlvr.tracking.hub import check_push
 from rlvr.tracking.lineage import write_record
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def export(
         )
     folder = _free_output(source, format, output)
     if push_to_hub is not None:
-        _check_repository(push_to_hub)
+        check_push(push_to_hub, option="push_to_hub")
     name = source.config["backend"]
     loaded_backend = load_backend(backend if backend is not None else name)
     writer = choose_writer(loaded_backend, name, format)
@@ -241,19 +242,6 @@ def _free_memory() -> None:
 
 
 # The Hub
-
-
-def _check_repository(repository: str) -> None:
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    from rlvr.tracking.hub import require_token
-
-    try:
-        validate_repo_id(repository)
-    except HFValidationError as error:
-        raise ConfigError(f"push_to_hub is {repository!r}; it must be a repository such as me/my-model.") from error
-    require_token()
 
 
 def _push(folder: Path, repository: str, *, private: bool) -> str:

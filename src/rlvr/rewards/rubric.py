@@ -15,6 +15,8 @@ from rlvr.types import Trajectory
 RewardFunction = Callable[[Trajectory], "float | bool | None"]
 """Trajectory → reward. None: not applicable to this trajectory, which is then left out of the sum."""
 
+LARGEST = (2 - 2**-23) * 2.0**127  # that float32 holds, in which rewards are trained on
+
 
 @dataclass(frozen=True)
 class WeightedReward:
@@ -120,7 +122,13 @@ def reward_problem(value: Any) -> str | None:
         value = item()
         if not isinstance(value, Real):
             return f"{shorten(value)} of type {type(value).__name__}"
-    return None if math.isfinite(float(value)) else f"{value}"
+    try:
+        number = float(value)
+    except OverflowError:  # a whole number beyond any float
+        number = math.inf
+    if abs(number) <= LARGEST:
+        return None
+    return f"{number}, which float32 cannot hold" if math.isfinite(number) else f"{number}"
 
 
 def reward_name(function: Callable[..., Any]) -> str:

@@ -6,13 +6,14 @@ first what "solved" means (its weight may be 0).
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from math import comb
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError
@@ -22,6 +23,8 @@ from rlvr.rollout.tool_calls import ToolCallParser
 from rlvr.types import Example, StopReason, Trajectory
 
 PASSING = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,7 @@ class Evaluation:
     groups: dict[str, dict[str, float]]
     group_intervals: dict[str, dict[str, Interval]]
     stop_reasons: dict[str, float]  # shares of all attempts
+    split: Literal["train", "eval"]  # that the examples are from
     examples: int
     samples: int
     excluded: int  # attempts that infrastructure failures took out
@@ -61,7 +65,7 @@ class Evaluation:
     def as_json(self) -> dict[str, Any]:
         """Without the trajectories."""
         names = ("metrics", "intervals", "groups", "group_intervals", "stop_reasons")
-        counts = ("examples", "samples", "excluded", "tokens")
+        counts = ("split", "examples", "samples", "excluded", "tokens")
         return {name: getattr(self, name) for name in (*names, *counts)}
 
 
@@ -139,6 +143,7 @@ def evaluate_policy(
     *,
     samples: int = 1,
     limit: int | None = None,
+    only: Sequence[int] | None = None,
     done: Iterable[ScoredTrajectory] = (),
     keep: Callable[[ScoredTrajectory], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -150,6 +155,7 @@ def evaluate_policy(
         player: plays with the policy; its settings decide between greedy and random.
         samples: N, attempts at each example.
         limit: examples to play, from the first; None for all.
+        only: indices of the examples to play, among those; None for all.
         done: attempts made earlier, which are not made again.
         keep: takes each attempt when it is scored.
         on_progress: called with (attempts there are, all).
@@ -158,7 +164,12 @@ def evaluate_policy(
         RewardError: a reward function failed.
     """
     rows = evaluation_rows(environment, limit)
-    attempts = [(example, attempt) for example in range(len(rows)) for attempt in range(samples)]
+    if evaluation_split(environment) == "train":
+        logger.warning(
+            "environment %r has no held-out examples: those of the train split are played.", environment.name
+        )
+    played_rows = range(len(rows)) if only is None else only
+    attempts = [(example, attempt) for example in played_rows for attempt in range(samples)]
     scored = {(item.example, item.attempt): item for item in done}
     wanted = [index for index, attempt in enumerate(attempts) if attempt not in scored]
     examples = [rows[example] for example, _ in attempts]
@@ -172,6 +183,10 @@ def evaluate_policy(
             if on_progress is not None:
                 on_progress(len(scored), len(attempts))
     return summarise(environment, rows, [scored[attempt] for attempt in attempts], samples=samples)
+
+
+def evaluation_split(environment: Environment) -> Literal["train", "eval"]:
+    return "train" if environment.eval_dataset is None else "eval"
 
 
 def evaluation_rows(environment: Environment, limit: int | None) -> list[Example]:
@@ -219,7 +234,8 @@ def summarise(
         groups={name: means for name, (means, _) in measured.items()},
         group_intervals={name: intervals for name, (_, intervals) in measured.items()},
         stop_reasons={reason: count / len(scored) for reason, count in sorted(reasons.items())},
-        examples=len(rows),
+        split=evaluation_split(environment),
+        examples=len({item.example for item in scored}),
         samples=samples,
         excluded=sum(item.passed is None for item in scored),
         tokens=sum(item.tokens for item in scored),

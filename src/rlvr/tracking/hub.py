@@ -5,12 +5,23 @@ from __future__ import annotations
 from rlvr.errors import ConfigError
 
 
-def require_token() -> None:
-    """
+def check_push(repository: str, *, option: str) -> None:
+    """Finds before hours of work what would keep it from being pushed.
+
+    Args:
+        repository: to push to.
+        option: what names it, for the message.
+
     Raises:
-        ConfigError: the user is not logged in.
+        ConfigError: it is no name of a repository, or the user is not logged in.
     """
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"{option} is {repository!r}; it must be a repository such as me/my-model.") from error
     if get_token() is None:
         raise ConfigError("push_to_hub is on, and no Hugging Face token was found. Log in with 'hf auth login'.")

@@ -1,9 +1,10 @@
 """The folder of a run.
 
-    config.yaml          the resolved settings: `rlvr train --config` repeats the run
+    config.yaml          the resolved settings: `rlvr train --config … --run-name again` repeats the run
     versions.json        Python, packages, device and seeds
     policy.json          what the backend applied and changed
-    origin.json          what identifies the base model; the hash of the weights that training started from
+    origin.json          what identifies the base model; the hash of the weights or the checkpoint that training
+                         started from
     metrics.jsonl        a row for each logged step
     trajectories.jsonl   a row for each trajectory, evaluation included
     checkpoints/         checkpoint-<step>
@@ -81,14 +82,18 @@ class RunFolder:
             self.path.rmdir()
 
     def begin(self, config: Mapping[str, Any], *, seeds: Mapping[str, int], policy: Mapping[str, Any]) -> None:
-        """Writes what is known before the first step. A resumed run keeps its first files and adds numbered ones."""
+        """Writes what is known before the first step. A resumed run keeps its first files and adds numbered ones.
+
+        The checkpoint that it goes on from is left out of `config`, which is to repeat the run; `add_origin` has it.
+        """
         import yaml
 
         if not _is_main_process():
             return
         count = len(list(self.path.glob("config*.yaml")))
         suffix = "" if count == 0 else f".resumed-{count}"
-        text = yaml.safe_dump(without_secrets(config), sort_keys=False, allow_unicode=True)
+        kept = {name: value for name, value in without_secrets(config).items() if name != "resume_from_checkpoint"}
+        text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
         self._write_new(f"config{suffix}.yaml", text)
         self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
         self._write_new(f"policy{suffix}.json", _json(policy, indent=2))

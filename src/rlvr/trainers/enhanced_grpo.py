@@ -6,10 +6,11 @@ import copy
 import logging
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlvr.environments.base import Environment
-from rlvr.errors import ConfigError, FrozenTrainingError, RewardError, SamplerDriftError
+from rlvr.errors import ConfigError, RlvrError
 from rlvr.rewards.rubric import WeightedReward
 from rlvr.tracking.trajectories import TrajectorySink
 from rlvr.trainers.compose import composed, refuse_what_unsloth_ignores, trl_trainer_class
@@ -230,18 +231,18 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
     # ------------------------------------------------------------------ training
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `trl.GRPOTrainer.train`; when a check stops the run, a checkpoint is saved first."""
+        """As `trl.GRPOTrainer.train`; when an error of rlvr stops the run, a checkpoint is saved first."""
         try:
             return super().train(*args, **kwargs)
-        except (RewardError, FrozenTrainingError, SamplerDriftError):
+        except RlvrError:
             if self.optimizer is not None:
                 self._save_checkpoint(self.model, trial=None)
                 self.callback_handler.on_save(self.args, self.state, self.control)
-                logger.error(
-                    "the run stops; its state is saved as checkpoint-%d in %s",
-                    self.state.global_step,
-                    self.args.output_dir,
-                )
+                folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+                if (folder / "trainer_state.json").is_file():
+                    logger.error("the run stops; its state is saved in %s", folder)
+                else:  # another process writes it, and may not have come here
+                    logger.error("the run stops; its state is not saved: %s has no trainer_state.json", folder)
             raise
 
 

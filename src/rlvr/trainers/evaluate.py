@@ -20,6 +20,7 @@ from rlvr.trainers.players import (
     adapter_folder,
     backend_name,
     checked_settings,
+    fitting_examples,
     load_for_inference,
     local_player,
 )
@@ -56,7 +57,8 @@ def evaluate(
         backend: a name from `rlvr backends`, or a backend; None for RLVR_BACKEND, else "hf".
         adapter: folder of a saved adapter, or of a run that has one.
         samples: N, attempts at each example.
-        limit: examples, from the first; None for all.
+        limit: examples, from the first; None for all. Of a policy loaded here, those whose prompts are longer than
+            `max_prompt_length` are left out then, with a warning.
         temperature: None for 0 (greedy) with one attempt, 1.0 with several.
         batch_size: rollouts that are played at the same time; None for 64.
         env_options: the environment's own options, where `env` is a name.
@@ -109,11 +111,18 @@ def evaluate(
         made_with = {**{name: getattr(chosen, name) for name in names}, **made_with}
         done = file.done(environment, evaluation_rows(environment, limit), made_with)
     player: Player
+    fitting = None  # a server counts its own tokens
     if loader is None:
         player = api.player(chosen, temperature, seed=chosen.seed if "seed" in settings else None)
     else:
         policy = model if isinstance(model, LoadedPolicy) else load_for_inference(chosen, loader, folder)
         loader.for_inference(policy)
+        fitting = fitting_examples(
+            environment,
+            evaluation_rows(environment, limit),
+            policy.tokenizer,
+            max_prompt_length=chosen.max_prompt_length,
+        )
         player = local_player(
             environment,
             policy,
@@ -129,6 +138,7 @@ def evaluate(
         player,
         samples=samples,
         limit=limit,
+        only=fitting,
         done=done,
         keep=file.add if file is not None else None,
         on_progress=on_progress,

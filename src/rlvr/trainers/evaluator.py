@@ -10,11 +10,11 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import TrainSettings
 from rlvr.environments.base import Environment
-from rlvr.rollout.evaluation import Evaluation, ScoredTrajectory, evaluate_policy
+from rlvr.rollout.evaluation import Evaluation, ScoredTrajectory, evaluate_policy, evaluation_rows
 from rlvr.rollout.tool_calls import ToolCallParser
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.trajectories import TrajectoryRecord
-from rlvr.trainers.players import local_player
+from rlvr.trainers.players import fitting_examples, local_player
 
 
 @dataclass
@@ -25,6 +25,9 @@ class Evaluator:
         parser: of tool calls; None for that of the chat template.
         keep: takes the trajectories of each evaluation.
         add_row: takes a row of metrics.
+
+    Raises:
+        DataError: no held-out prompt fits `max_prompt_length`.
     """
 
     environment: Environment
@@ -35,14 +38,25 @@ class Evaluator:
     keep: Callable[[list[TrajectoryRecord]], None]
     add_row: Callable[[Mapping[str, Any]], None]
 
+    def __post_init__(self) -> None:
+        self._examples: list[int] | None = None  # None where nothing is evaluated
+        if self.settings.eval_samples and self.environment.eval_dataset is not None:
+            self._examples = fitting_examples(
+                self.environment,
+                evaluation_rows(self.environment, self.settings.eval_samples),
+                self.policy.tokenizer,
+                max_prompt_length=self.settings.max_prompt_length,
+                what="held-out examples",
+            )
+
     def run(self, *, step: int) -> Evaluation | None:
         """None where there is nothing held out, or `eval_samples` is 0."""
-        if self.settings.eval_samples == 0 or self.environment.eval_dataset is None:
+        if self._examples is None:
             return None
         self.backend.for_inference(self.policy)
         try:
             player = local_player(self.environment, self.policy, self.settings, temperature=0.0, parser=self.parser)
-            found = evaluate_policy(self.environment, player, limit=self.settings.eval_samples)
+            found = evaluate_policy(self.environment, player, limit=self.settings.eval_samples, only=self._examples)
         finally:
             self.backend.for_training(self.policy)
         self.keep(records(found.trajectories, step=step, adapter=adapter_hash(self.policy.model)))

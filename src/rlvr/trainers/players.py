@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -9,13 +10,15 @@ from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import LOADING, TrainSettings, closest, settings_from
-from rlvr.environments.base import Environment
-from rlvr.errors import ConfigError, ModelError
+from rlvr.environments.base import Environment, Rows
+from rlvr.errors import ConfigError, DataError, ModelError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import LocalPlayer
 from rlvr.rollout.tool_calls import ToolCallParser
 
 BATCH_SIZE = 64
+
+logger = logging.getLogger(__name__)
 
 
 def local_player(
@@ -46,6 +49,38 @@ def local_player(
         batch_size=batch_size,
         seed=settings.seed,
     )
+
+
+def fitting_examples(
+    environment: Environment, rows: Rows, tokenizer: Any, *, max_prompt_length: int, what: str = "examples"
+) -> list[int]:
+    """Indices of the rows whose prompts fit `max_prompt_length` tokens. A warning says how many are left out.
+
+    Args:
+        what: the rows, for messages.
+
+    Raises:
+        DataError: none fits.
+    """
+    from rlvr.rollout.chat import ChatRenderer
+
+    renderer = ChatRenderer(tokenizer, tools=environment.tools)
+    fitting = [
+        index
+        for index in range(len(rows))
+        if len(renderer.prompt_ids(environment.messages(rows[index]))) <= max_prompt_length
+    ]
+    if not fitting:
+        raise DataError(
+            f"every prompt of the {len(rows)} {what} of environment {environment.name!r} is longer than "
+            f"max_prompt_length {max_prompt_length} tokens. Raise --max-prompt-length."
+        )
+    if len(fitting) < len(rows):
+        logger.warning(
+            "%d of %d %s are left out: their prompts are longer than max_prompt_length %d tokens.",
+            *(len(rows) - len(fitting), len(rows), what, max_prompt_length),
+        )
+    return fitting
 
 
 def sampling_settings(settings: TrainSettings, temperature: float) -> SamplingSettings:

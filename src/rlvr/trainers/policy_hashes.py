@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class PolicyHashes:
-    """Hashes the policy at most once for each optimizer step that it has seen."""
+    """Hashes the policy at most once for each optimizer step of a training."""
 
     def __init__(self, model: torch.nn.Module):
         self._model = model
@@ -38,12 +38,15 @@ class PolicyHashes:
         return self._hash
 
     def callback(self) -> TrainerCallback:
-        """Writes `lineage.json` into each checkpoint once it is saved."""
+        """Writes `lineage.json` into each checkpoint once it is saved, and forgets the hash when training begins."""
         from transformers import TrainerCallback
 
         hashes = self
 
         class Checkpoints(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+                hashes._step = None  # steps are counted from 0 again, and the weights may be others
+
             def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
                 if state.is_world_process_zero:
                     folder = Path(args.output_dir, f"checkpoint-{state.global_step}")

@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
-from rlvr.config import TrainSettings, merge, read_config, settings_from
+from rlvr.config import TrainSettings, merge, processes, read_config, settings_from
 from rlvr.environments.base import Environment
 from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
-from rlvr.rollout.tool_calls import ToolCallParser, asked_parser
+from rlvr.rollout.tool_calls import asked_parser
 from rlvr.tracking.adapter_hash import adapter_hash
-from rlvr.tracking.hub import require_token
+from rlvr.tracking.hub import check_push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluator import Evaluator
-from rlvr.trainers.players import backend_name, loaded_policy_problems
+from rlvr.trainers.players import backend_name, fitting_examples, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
 from rlvr.trainers.resuming import check_resumed
 
@@ -92,7 +92,7 @@ def train(
     layers = [read_config(config)] if config is not None else []
     layers += [{name: value for name, value in named.items() if value is not None}, settings]
     resolved = resolve_settings(*layers)
-    if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, settings)):
+    if isinstance(model, LoadedPolicy) and (problems := loaded_policy_problems(model, resolved, merge(*layers))):
         raise ConfigError(problems)
     if isolate:
         from rlvr.trainers.isolated import train_isolated
@@ -134,6 +134,11 @@ def resolve_settings(*layers: Mapping[str, Any]) -> TrainSettings:
         layers = (RunFolder(run).config(), *layers, here)
     settings = settings_from(*layers, required=("env", "model")).resolved()
     backend = settings.backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKEND
+    if processes() > 1 and not (settings.run_name or settings.output_dir):
+        raise ConfigError(
+            f"{processes()} processes train, and each would make up another name for the run and its folder. "
+            "Give one: --run-name or --output-dir."
+        )
     run_name = settings.run_name or _new_run_name(settings, backend)
     return replace(
         settings,
@@ -171,25 +176,25 @@ def train_with(
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
+        evaluator = Evaluator(
+            environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
+        )
         arguments, changes = training_arguments(settings, policy, backend, folder)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
-            return _train(settings, environment, backend, policy, rows, arguments, folder, callbacks, parser)
+            return _train(settings, rows, arguments, folder, callbacks, evaluator)
     finally:
         folder.release_if_unused()
 
 
 def _train(
     settings: TrainSettings,
-    environment: Environment,
-    backend: ModelBackend,
-    policy: LoadedPolicy,
     rows: Sequence[Any],
     arguments: dict[str, Any],
     folder: RunFolder,
     callbacks: Sequence[Any],
-    parser: ToolCallParser | None,
+    evaluator: Evaluator,
 ) -> Run:
     from transformers import PrinterCallback
     from trl import GRPOConfig
@@ -197,9 +202,7 @@ def _train(
     from rlvr.tracking.progress import MetricsRows, ProgressDisplay
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    evaluator = Evaluator(
-        environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
-    )
+    environment, backend, policy = evaluator.environment, evaluator.backend, evaluator.policy
     progress = ProgressDisplay()
     trainer = EnhancedGRPOTrainer(
         model=policy.model,
@@ -209,7 +212,7 @@ def _train(
         args=GRPOConfig(**arguments),
         callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
         rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
-        tool_call_parser=parser,
+        tool_call_parser=evaluator.parser,
         shared_prefix=settings.shared_prefix,  # type: ignore[arg-type]
         canary_every=settings.canary_every,
         trajectory_sinks=[folder.add_trajectories],
@@ -239,7 +242,7 @@ def _train(
         "eval_after": after.metrics if after else {},
     }
     folder.write_summary(summary)
-    if settings.push_to_hub:
+    if settings.push_to_hub and trainer.is_world_process_zero():
         _push(policy, settings)
     return Run(folder.path, summary, policy)
 
@@ -250,32 +253,14 @@ def training_rows(environment: Environment, policy: LoadedPolicy, settings: Trai
     Raises:
         DataError: none fits, or fewer than the prompts of one step.
     """
-    from rlvr.rollout.chat import ChatRenderer
-
-    renderer = ChatRenderer(policy.tokenizer, tools=environment.tools)
     dataset = environment.train_dataset
-    fitting = [
-        index
-        for index in range(len(dataset))
-        if len(renderer.prompt_ids(environment.messages(dataset[index]))) <= settings.max_prompt_length
-    ]
-    left_out = len(dataset) - len(fitting)
-    if not fitting:
-        raise DataError(
-            f"every prompt of environment {environment.name!r} is longer than max_prompt_length "
-            f"{settings.max_prompt_length} tokens. Raise --max-prompt-length."
-        )
-    if left_out:
-        logger.warning(
-            "%d of %d examples are left out: their prompts are longer than max_prompt_length %d tokens.",
-            *(left_out, len(dataset), settings.max_prompt_length),
-        )
+    fitting = fitting_examples(environment, dataset, policy.tokenizer, max_prompt_length=settings.max_prompt_length)
     if len(fitting) < (settings.prompts_per_step or 1):
         raise DataError(
             f"environment {environment.name!r} has {len(fitting)} training examples, and a step takes "
             f"{settings.prompts_per_step} different prompts. Lower --prompts-per-step, or bring more examples."
         )
-    return dataset if not left_out else [dataset[index] for index in fitting]
+    return dataset if len(fitting) == len(dataset) else [dataset[index] for index in fitting]
 
 
 def training_arguments(
@@ -389,13 +374,18 @@ def _check_services(settings: TrainSettings) -> None:
             "or use --rollout-engine auto."
         )
     if settings.push_to_hub:
-        require_token()
+        given = settings.hub_model_id is not None
+        option = "hub_model_id" if given else "run_name, which names the repository where hub_model_id is not given,"
+        check_push(_repository(settings), option=option)
 
 
 def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
-    name = settings.hub_model_id or settings.run_name
     for part in (policy.model, policy.tokenizer):
-        part.push_to_hub(name)  # type: ignore[arg-type]
+        part.push_to_hub(_repository(settings))  # type: ignore[arg-type]
+
+
+def _repository(settings: TrainSettings) -> str:
+    return settings.run_name or "" if settings.hub_model_id is None else settings.hub_model_id
 
 
 def _new_run_name(settings: TrainSettings, backend: str) -> str:

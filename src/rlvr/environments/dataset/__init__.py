@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import random
 from collections.abc import Callable
 from typing import Any
@@ -157,6 +158,12 @@ def _check(
 
 
 def _question(value: Any, column: str, where: str) -> Any:
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where} has {value!r} in {column!r}, and half a surrogate pair is no character: {error}. Mend the row."
+        ) from error
     if isinstance(value, str) and value.strip():
         return value
     if isinstance(value, list) and value and all(isinstance(m, dict) and m.get("role") for m in value):
