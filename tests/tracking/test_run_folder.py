@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rlvr.errors import RunFolderError
-from rlvr.tracking.run_folder import RunFolder, find_checkpoint, without_secrets
+from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 
@@ -119,19 +119,6 @@ def test_resuming_from_nothing_is_refused(tmp_path, monkeypatch, asked, output_d
     (tmp_path / "loose" / "x" / "checkpoint-5" / "trainer_state.json").write_text("{}")
     with pytest.raises(RunFolderError, match=says):
         find_checkpoint(asked, output_dir)
-
-
-def test_secrets_are_not_kept():
-    options = {"api_key": "a", "hf_token": "b", "password": "c", "max_tokens": 5, "keyword": "d"}
-    kept = without_secrets({"seed": 1, "env_options": options})
-    assert kept["env_options"] == {
-        "api_key": "(not kept)",
-        "hf_token": "(not kept)",
-        "password": "(not kept)",
-        "max_tokens": 5,
-        "keyword": "d",
-    }
-    assert kept["seed"] == 1
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

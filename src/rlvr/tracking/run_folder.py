@@ -28,11 +28,11 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.errors import RunFolderError
+from rlvr.secrets import without_secrets
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 NEWEST = "last"  # --resume-from-checkpoint last
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -255,13 +255,6 @@ def versions() -> dict[str, Any]:
         "packages": packages,
         "devices": _devices(),
     }
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without the values of the environment's options that are keys or passwords by their names."""
-    options = config.get("env_options") or {}
-    kept = {name: "(not kept)" if _SECRET.search(name) else value for name, value in options.items()}
-    return {**config, "env_options": kept}
 
 
 def _devices() -> list[str]:

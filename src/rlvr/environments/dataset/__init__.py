@@ -144,8 +144,8 @@ def _check(
         )
     if question != "prompt" and "prompt" in present and not needs_answer:
         raise DataError(
-            f"{spec!r} has a column 'prompt', which a reward function may read, and the questions in {question!r} would "
-            "replace it. Rename it, or use --question-column prompt."
+            f"{spec!r} has a column 'prompt', which a reward function may read, and the questions in {question!r} "
+            "would replace it. Rename it, or use --question-column prompt."
         )
     if needs_answer and answer_column not in present:
         raise DataError(
