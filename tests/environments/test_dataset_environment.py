@@ -153,6 +153,18 @@ def test_a_function_needs_no_answers(tmp_path, monkeypatch):
     assert [row["prompt"] for row in env.train_dataset] == ["a", "b"]
 
 
+def test_a_function_sees_the_columns_as_they_are(tmp_path):
+    (tmp_path / "mine.py").write_text("def cited(completions, references):\n    return [len(references[0])]\n")
+    reward = f"{tmp_path / 'mine.py'}:cited"
+    file = write_jsonl(tmp_path / "r.jsonl", [{"question": "a", "references": ["x", "y", "z"]}])
+    assert scores(rlvr_environment(datasets=file, reward=reward, eval_fraction=0), "abc") == {"cited": 3.0}
+    file = write_jsonl(tmp_path / "p.jsonl", [{"ask": "a", "prompt": "b", "answer": "c"}])
+    with pytest.raises(DataError, match=r"has a column 'prompt', .* and the questions in 'ask' would replace it"):
+        rlvr_environment(datasets=file, reward=reward, question_column="ask")
+    env = rlvr_environment(datasets=file, question_column="ask", eval_fraction=0)  # exact match reads no prompt
+    assert env.train_dataset[0]["prompt"] == "a"
+
+
 def test_from_trl_gives_the_whole_completion():
     seen = {}
 

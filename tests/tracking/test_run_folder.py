@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rlvr.errors import RunFolderError
-from rlvr.tracking.run_folder import RunFolder, find_checkpoint, without_secrets
+from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 
@@ -121,17 +121,28 @@ def test_resuming_from_nothing_is_refused(tmp_path, monkeypatch, asked, output_d
         find_checkpoint(asked, output_dir)
 
 
-def test_secrets_are_not_kept():
-    options = {"api_key": "a", "hf_token": "b", "password": "c", "max_tokens": 5, "keyword": "d"}
-    kept = without_secrets({"seed": 1, "env_options": options})
-    assert kept["env_options"] == {
-        "api_key": "(not kept)",
-        "hf_token": "(not kept)",
-        "password": "(not kept)",
-        "max_tokens": 5,
-        "keyword": "d",
-    }
-    assert kept["seed"] == 1
+@pytest.mark.parametrize("half", ['{"step": 3, "no', "é" * 50_000, '{"step": 3}'])
+@pytest.mark.parametrize("steps", [(), (1, 2)])
+def test_half_a_row_of_a_killed_run_is_not_read_and_not_joined(tmp_path, steps, half):
+    folder = begun(tmp_path / "run")
+    path = folder.path / "metrics.jsonl"
+    rows = [{"step": step} for step in steps]
+    path.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows) + half.encode()[:-1])
+    assert list(folder.metrics()) == rows
+    again = RunFolder.reserve(folder.path, resume_from=with_checkpoint(folder, 2))
+    again.begin({"env": "sums"}, seeds={"run": 3}, policy={})
+    again.add_metrics({"step": 9})
+    assert path.read_text().splitlines() == [json.dumps(row) for row in [*rows, {"step": 9}]]
+    assert list(again.metrics()) == [*rows, {"step": 9}]
+
+
+def test_a_row_that_is_broken_elsewhere_is_named(tmp_path):
+    folder = begun(tmp_path / "run")
+    (folder.path / "trajectories.jsonl").write_text('{"step": 1}\n{"step": 2, "no{"step": 3}\n{"step": 4}\n')
+    rows = folder.trajectories()
+    assert next(rows) == {"step": 1}
+    with pytest.raises(RunFolderError, match=r"line 2 of '.*trajectories.jsonl' is no JSON"):
+        next(rows)
 
 
 def test_other_processes_write_nothing(tmp_path, monkeypatch):

@@ -218,6 +218,38 @@ def test_reward_functions_beside_an_environment_see_its_columns(tmp_path, tokeni
     assert trainer.state.log_history[0]["rewards/beside/mean"] == 0.5
 
 
+AWKWARD = ("completions", "prompts", "completion_ids", "trainer_state", "log_extra", "log_metric", "image", "images")
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_columns_of_an_environment_are_in_the_way_of_nothing(tmp_path, tokenizer, caplog, beside):
+    rows = [{"question": f"count to {i}", **dict.fromkeys(AWKWARD, "text")} for i in range(8)]
+    for row in rows[::2]:
+        row["level"] = 3
+    levels, examples = [], []
+
+    def beside_it(completions, trajectory, level, **columns):
+        assert not {"image", "images", "rlvr_row"} & columns.keys()
+        assert columns["prompts"][0][-1]["role"] == "user"
+        levels.extend(zip(level, (t.example.get("level") for t in trajectory), strict=True))
+        return [0.5] * len(completions)
+
+    def image_is_there(trajectory):
+        examples.append(trajectory.example)
+        return 1.0
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=beside_it if beside else None,
+        env=environment(train_dataset=rows, eval_dataset=None, rubric=Rubric(image_is_there)),
+        args=grpo_config(tmp_path, max_steps=4),
+    )  # fmt: skip
+    trainer.train()
+    assert all(example in rows for example in examples)
+    assert {len(example) for example in examples} == {9, 10}
+    assert set(levels) == ({(3, 3), (None, None)} if beside else set())
+    assert ("not given the columns completions, prompts" in caplog.text) == beside
+
+
 def test_arguments_of_the_caller_are_left_alone(tmp_path, tokenizer):
     args = grpo_config(tmp_path, beta=0.1)
     trainer = EnhancedGRPOTrainer(

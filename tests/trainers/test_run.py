@@ -366,3 +366,20 @@ def test_the_same_run_on_unsloth_by_name_alone(environment, model_folder, tmp_pa
         environment, model_folder, "unsloth", adapter=run.folder, limit=2, max_prompt_length=64, max_tokens=4
     )
     assert found.metrics == pytest.approx(run.summary["eval_after"])
+
+
+def test_a_run_with_secrets_goes_on_only_when_they_are_given_again(tmp_path):
+    given = {"env": "judged", "model": "m", "env_options": {"judgeApiKey": "hush", "levels": 2}}
+    folder = RunFolder.reserve(tmp_path / "run")
+    folder.begin(given, seeds={}, policy={})
+    checkpoint = folder.checkpoints / "checkpoint-5"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "trainer_state.json").write_text("{}")
+    resume = {"output_dir": str(folder.path), "resume_from_checkpoint": "last"}
+    assert "hush" not in (folder.path / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=r"judgeApiKey holds '\(not kept\)'.*: --judgeApiKey VALUE"):
+        resolve_settings(resume)
+    with pytest.raises(ConfigError, match="judgeApiKey"):
+        resolve_settings(folder.config())  # the run repeated, with --config
+    again = resolve_settings({**resume, "env_options": {"judgeApiKey": "hush"}})
+    assert again.env_options == {"judgeApiKey": "hush", "levels": 2}

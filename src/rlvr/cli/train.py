@@ -89,7 +89,7 @@ def _run(settings: TrainSettings, *, dry_run: bool) -> None:
 def print_config(values: dict[str, Any]) -> None:
     import yaml
 
-    from rlvr.tracking.run_folder import without_secrets
+    from rlvr.secrets import without_secrets
 
     print(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True), end="")
 

@@ -12,7 +12,7 @@ from rlvr.config import MEMORY, ROLLOUTS, TRAINING, TrainSettings
 from rlvr.exporting.parity import Parity
 from rlvr.exporting.source import Source
 from rlvr.exporting.writers import GGUF_FILE
-from rlvr.tracking.run_folder import without_secrets
+from rlvr.secrets import without_secrets
 
 _PACKAGES = ("rlvr", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
 _SETTINGS = (ROLLOUTS, TRAINING, MEMORY)  # groups of `TrainSettings`; LoRA is stated as the backend applied it

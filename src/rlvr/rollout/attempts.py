@@ -21,6 +21,7 @@ from rlvr.environments.base import Environment
 from rlvr.errors import RunFolderError
 from rlvr.rollout.api import json_bytes
 from rlvr.rollout.evaluation import ScoredTrajectory
+from rlvr.secrets import without_secrets
 from rlvr.types import Example, Message, StopReason, ToolCall, Trajectory, Turn
 
 
@@ -57,13 +58,14 @@ class AttemptFile:
 
         Args:
             rows: the examples that are evaluated.
-            made_with: what else decides how an attempt turns out. Shown where it is not what the file was made with.
+            made_with: what else decides how an attempt turns out. Shown where it is not what the file was made with;
+                secrets among its `env_options` are neither kept nor compared.
 
         Raises:
             RunFolderError: the file was made with other settings, or cannot be read.
         """
         examples = {"environment": environment.name, "examples": len(rows), "prompts": _digest(environment, rows)}
-        self._settings = json.loads(json.dumps({**examples, **made_with}, default=str))
+        self._settings = json.loads(json.dumps(without_secrets({**examples, **made_with}), default=str))
         if not self.path.exists() and not self.settings_path.exists():
             return []
         self._check_settings()
@@ -80,8 +82,8 @@ class AttemptFile:
 
     def _check_settings(self) -> None:
         try:
-            before = dict(json.loads(self.settings_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            before = without_secrets(json.loads(self.settings_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise RunFolderError(
                 f"cannot go on with {str(self.path)!r}: {str(self.settings_path)!r}, which says what it was made "
                 f"with, cannot be read ({error}). Choose another --output."

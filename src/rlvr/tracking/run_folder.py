@@ -29,11 +29,11 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.errors import RunFolderError
+from rlvr.secrets import without_secrets
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 NEWEST = "last"  # --resume-from-checkpoint last
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-_SECRET = re.compile(r"(^|_)(api_?key|key|token|secret|password)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ class RunFolder:
         suffix = "" if count == 0 else f".resumed-{count}"
         kept = {name: value for name, value in without_secrets(config).items() if name != "resume_from_checkpoint"}
         text = yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)
+        for rows in self.path.glob("*.jsonl"):
+            _cut_half_line(rows)
         self._write_new(f"config{suffix}.yaml", text)
         self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
         self._write_new(f"policy{suffix}.json", _json(policy, indent=2))
@@ -195,10 +197,31 @@ class RunFolder:
                 file.writelines(_json(row) + "\n" for row in rows)
 
     def _rows(self, name: str) -> Iterator[dict[str, Any]]:
+        """Without a last line that was not written to its end.
+
+        Raises:
+            RunFolderError: another line is no JSON.
+        """
         path = self.path / name
-        if path.exists():
-            with open(path, encoding="utf-8") as file:
-                yield from map(json.loads, file)
+        if not path.exists():
+            return
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    return
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise RunFolderError(
+                        f"line {number} of {str(path)!r} is no JSON: {error}. Take it out to read the others."
+                    ) from error
+                yield row
+
+
+def _cut_half_line(path: Path) -> None:
+    """Takes out what follows the last newline: a run that was killed left half a row, and the next would join it."""
+    with open(path, "rb+") as file:
+        file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def find_checkpoint(asked: str, output_dir: str | Path | None) -> tuple[Path, Path]:
@@ -262,13 +285,6 @@ def versions() -> dict[str, Any]:
         "packages": packages,
         "devices": _devices(),
     }
-
-
-def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration without the values of the environment's options that are keys or passwords by their names."""
-    options = config.get("env_options") or {}
-    kept = {name: "(not kept)" if _SECRET.search(name) else value for name, value in options.items()}
-    return {**config, "env_options": kept}
 
 
 def _devices() -> list[str]:

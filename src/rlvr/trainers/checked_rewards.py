@@ -13,7 +13,7 @@ from rlvr.types import StopReason, Trajectory
 
 BatchReward = Callable[..., Any]
 
-_NOT_COLUMNS = (
+TRL_KEYWORDS = (
     "prompts",
     "completions",
     "completion_ids",
@@ -111,7 +111,7 @@ def _example(batch: dict[str, Any], index: int) -> str:
     columns = {
         key: values[index]
         for key, values in batch.items()
-        if key not in _NOT_COLUMNS and isinstance(values, (list, tuple)) and index < len(values)
+        if key not in TRL_KEYWORDS and isinstance(values, (list, tuple)) and index < len(values)
     }
     return (
         f"  prompt: {shorten(batch['prompts'][index])}\n  example: {shorten(columns)}\n"

@@ -48,7 +48,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
 
     Args:
         env: the environment. `train_dataset` and `eval_dataset` default to its own; `reward_funcs` are added to its
-            rubric. Not together with `tools`, `rollout_func` or `environment_factory`.
+            rubric, and take `trajectory` and the columns of its rows as keywords. Not together with `tools`,
+            `rollout_func` or `environment_factory`.
         rollout_engine: what samples. `auto` takes the fastest that supports the model and the sampling options.
         tool_call_parser: how the tool calls of `env` are read: hermes, llama3_json, mistral, `my_module:my_parser`, or
             an object with `parse(text) -> (text, calls)`; by default found from the chat template.
@@ -122,6 +123,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         if env is not None:
             _refuse_with_env(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
             self._examples = ExampleStore(env)
+            self._rewards_take_columns = bool(functions)  # those of the rubric read the trajectory's example
             train_dataset = self._examples.prompts(env.train_dataset if train_dataset is None else train_dataset)
             if eval_dataset is None and args.eval_strategy != "no":
                 eval_dataset = env.eval_dataset
@@ -164,7 +166,9 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if self.env is not None:
             self._batch_examples = [self._examples.example(row) for row in inputs]
-            inputs = [{**example, **row} for example, row in zip(self._batch_examples, inputs, strict=True)]
+            inputs = [{"prompt": row["prompt"]} for row in inputs]  # TRL adds the trajectory: see rollouts.py
+            if self._rewards_take_columns:
+                inputs = self._examples.with_columns(inputs, self._batch_examples)
         output = super()._generate_and_score_completions(inputs)
         training = self.model.training
         recorded = bool(self._recorder.sinks) and self.accelerator.is_main_process

@@ -20,6 +20,7 @@ from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import asked_parser
+from rlvr.secrets import NOT_KEPT, options_not_kept
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import check_push
 from rlvr.tracking.lineage import write_record
@@ -133,6 +134,7 @@ def resolve_settings(*layers: Mapping[str, Any]) -> TrainSettings:
         here = {"output_dir": str(run), "resume_from_checkpoint": str(checkpoint)}
         layers = (RunFolder(run).config(), *layers, here)
     settings = settings_from(*layers, required=("env", "model")).resolved()
+    _require_secrets(settings)
     backend = settings.backend or os.environ.get(BACKEND_VARIABLE) or DEFAULT_BACKEND
     if processes() > 1 and not (settings.run_name or settings.output_dir):
         raise ConfigError(
@@ -146,6 +148,16 @@ def resolve_settings(*layers: Mapping[str, Any]) -> TrainSettings:
         run_name=run_name,
         output_dir=settings.output_dir or _default_output_dir(run_name),
     )
+
+
+def _require_secrets(settings: TrainSettings) -> None:
+    """A run's `config.yaml` has a placeholder for each secret."""
+    if names := options_not_kept(settings.env_options):
+        flags = " ".join(f"--{name} VALUE".replace("_", "-") for name in names)
+        raise ConfigError(
+            f"of the options of environment {settings.env!r}, {', '.join(names)} holds {NOT_KEPT!r}: a run's "
+            f"config.yaml keeps no secrets. Give again, in env_options or on the command line: {flags}."
+        )
 
 
 def train_with(

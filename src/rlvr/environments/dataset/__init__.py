@@ -135,7 +135,7 @@ def _is_trl_style(function: Callable[..., Any]) -> bool:
 def _check(
     rows: list[Row], spec: str, *, question_column: str | None, answer_column: str, needs_answer: bool
 ) -> list[Row]:
-    """The rows with the columns `prompt` and `references`; the first bad row is an error."""
+    """The rows with the column `prompt`, and `references` if need be; the first bad row is an error."""
     present = list(dict.fromkeys(column for row in rows for column in row))
     candidates = [question_column] if question_column else list(QUESTION_COLUMNS)
     question = next((column for column in candidates if column in present), None)
@@ -143,6 +143,11 @@ def _check(
         raise DataError(
             f"{spec!r} has no column {' or '.join(map(repr, candidates))}; its columns: "
             f"{', '.join(present)}. Name the one with the questions with --question-column."
+        )
+    if question != "prompt" and "prompt" in present and not needs_answer:
+        raise DataError(
+            f"{spec!r} has a column 'prompt', which a reward function may read, and the questions in {question!r} "
+            "would replace it. Rename it, or use --question-column prompt."
         )
     if needs_answer and answer_column not in present:
         raise DataError(
@@ -152,8 +157,10 @@ def _check(
     checked = []
     for number, row in enumerate(rows, 1):
         where = f"row {number} of {spec!r}"
-        references = _references(row.get(answer_column), answer_column, where) if needs_answer else []
-        checked.append({**row, "prompt": _question(row.get(question), question, where), REFERENCES: references})
+        added = {"prompt": _question(row.get(question), question, where)}
+        if needs_answer:
+            added[REFERENCES] = _references(row.get(answer_column), answer_column, where)
+        checked.append({**row, **added})
     return checked
 
 

@@ -1,0 +1,41 @@
+import pytest
+
+from rlvr.secrets import NOT_KEPT, is_secret, options_not_kept, without_secrets
+
+SECRET = (
+    *("key", "api_key", "apikey", "apiKey", "APIKey", "judgeApiKey", "judge_api_key", "x-api-key", "api_keys"),
+    *("OPENAI_API_KEY", "access_key", "accessKey", "access_key_id", "aws_secret_access_key", "private_key"),
+    *("token", "hf_token", "accessToken", "authtoken", "secret", "clientSecret", "password", "db_password", "passwd"),
+    *("passphrase", "pwd", "credential", "credentials", "auth", "Authorization", "cookie"),
+    *("answer_key",),  # by its name it cannot be told from a key: given again rather than stored
+)
+HARMLESS = (
+    *("max_tokens", "tokens", "token_budget", "tokenizer", "keyword", "keywords", "monkey", "key_column", "keys"),
+    *("author", "api_key_variable", "secretary", "passes", "turkey", "levels", "seed", "answer_column"),
+)
+
+
+@pytest.mark.parametrize(("names", "expected"), [(SECRET, True), (HARMLESS, False)])
+def test_secrets_are_known_by_their_names(names, expected):
+    assert [name for name in names if is_secret(name) is not expected] == []
+
+
+def test_secrets_are_left_out_however_deep_they_are():
+    options = {
+        "judge": {"url": "u", "headers": [{"Authorization": "hush"}, {"accept": "json"}]},
+        "credentials": {"user": "hush", "password": "hush"},
+        "api_key": None,
+        "levels": [1, 2],
+    }
+    kept = without_secrets({"seed": 1, "token": "not an option of the environment", "env_options": options})
+    assert kept["env_options"] == {
+        "judge": {"url": "u", "headers": [{"Authorization": NOT_KEPT}, {"accept": "json"}]},
+        "credentials": NOT_KEPT,
+        "api_key": None,
+        "levels": [1, 2],
+    }
+    assert (kept["seed"], kept["token"]) == (1, "not an option of the environment")
+    assert options["credentials"]["user"] == "hush"
+    assert options_not_kept(kept["env_options"]) == ["judge", "credentials"]
+    assert options_not_kept(options) == []
+    assert without_secrets({})["env_options"] == {}
