@@ -8,6 +8,7 @@ PYTHON ?= python3
 LATEST := .venv
 UNSLOTH := .venv-unsloth
 PYTEST := -m pytest
+GPU_TESTS = $$(grep -rl "mark.gpu" tests --include=*.py)
 
 .PHONY: quickstart test check lint test-unsloth gpu-test clean
 
@@ -28,8 +29,10 @@ check: lint test
 test-unsloth: $(UNSLOTH)/.ready
 	$(UNSLOTH)/bin/python $(PYTEST) -m "(unsloth or both) and not slow and not gpu"
 
+# two processes: Unsloth patches the one that imports it
 gpu-test:
-	RLVR_TEST_UNSLOTH=0 PYTHONPATH=src:$$PYTHONPATH $(PYTHON) $(PYTEST) -m gpu
+	RLVR_TEST_UNSLOTH=0 PYTHONPATH=src:$$PYTHONPATH $(PYTHON) $(PYTEST) -m "gpu and not unsloth" $(GPU_TESTS)
+	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) $(PYTEST) -m "gpu and unsloth" $(GPU_TESTS)
 
 $(LATEST)/.ready: pyproject.toml constraints/latest.txt
 	$(PYTHON) -m venv $(LATEST)

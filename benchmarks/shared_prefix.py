@@ -13,8 +13,8 @@ A variant is FORWARD[/OPTION...][@GROUPS], GROUPS being how many groups make a m
     mask        packed row, SDPA with an explicit tree mask
     sdpa        packed row, SDPA group by group
     flash       packed row, variable-length flash kernel
-    /fused      LoRA layers by rlvr.trainers.fused_lora
-    /layers     norms, rotations and gated activations by rlvr.trainers.fused_layers
+    /fused      LoRA layers by rlvr.fused.lora
+    /layers     norms, rotations and gated activations by rlvr.fused.layers
     /compile    decoder layers by torch.compile, attention apart (checkpointed up to transformers 5.17 only)
     /kept       no gradient checkpointing; /kept=40 keeps 40% of the layers and checkpoints the others
 
@@ -36,8 +36,8 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.checkpoint import checkpoint
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rlvr.trainers.fused_layers import fuse_layers, unfuse_layers
-from rlvr.trainers.fused_lora import fuse_lora, unfuse_lora
+from rlvr.fused.layers import fuse_layers, unfuse_layers
+from rlvr.fused.lora import fuse_lora, unfuse_lora
 from rlvr.trainers.shared_prefix import attention, enable, pack_rows, shared_prefix_logps
 from rlvr.trainers.shared_prefix.support import unwrap
 

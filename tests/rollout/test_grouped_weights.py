@@ -85,7 +85,7 @@ def test_merging_in_bfloat16_restores_every_bit_and_rounds_once():
     layer = causal_lm(model).model.layers[0].mlp.up_proj
     adapter = (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()) * 2
     exact = (layer.base_layer.weight.double() + adapter).detach()
-    with merged_lora(causal_lm(model)):
+    with merged_lora(list(causal_lm(model).modules())):
         merged = causal_lm(model).model.layers[0].mlp.up_proj
         assert type(merged) is nn.Linear
         assert not torch.equal(merged.weight, before["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])
@@ -108,7 +108,7 @@ def test_merged_weight_by_hand():
 def test_weights_keep_their_addresses_while_merged():
     model = causal_lm(adapted())
     addresses = {p.data_ptr() for name, p in model.named_parameters() if "base_layer" in name}
-    with merged_lora(model):
+    with merged_lora(list(model.modules())):
         assert addresses <= {p.data_ptr() for p in model.parameters()}
 
 
@@ -156,6 +156,6 @@ def test_tied_or_quantized_weights_stay_apart():
     layer.base_layer.__class__ = Quantized
     assert not mergeable(layer)
     assert complete(model) == generated(model)
-    with merged_lora(causal_lm(model)):
+    with merged_lora(list(causal_lm(model).modules())):
         assert causal_lm(model).model.layers[0].self_attn.q_proj is layer
         assert causal_lm(model).model.layers[1].self_attn.q_proj is not layer

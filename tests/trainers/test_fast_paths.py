@@ -9,10 +9,10 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
 
+from rlvr.fused.layers import _RmsNorm
+from rlvr.fused.lora import _LoraProduct
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
-from rlvr.trainers.fused_layers import _RmsNorm
-from rlvr.trainers.fused_lora import _LoraProduct
 
 pytestmark = pytest.mark.both
 

@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlvr.fused.lora import fuse_lora
 from rlvr.testing.tiny import tiny_model
-from rlvr.trainers.fused_lora import fuse_lora
 from rlvr.trainers.shared_prefix import (
     SUPPORTED_MODEL_TYPES,
     disable,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     _Base: Any  # trl.GRPOTrainer, found when an instance is made
 
-    from rlvr.trainers.fused_layers import FusedForwards
+    from rlvr.fused.layers import FusedForwards
 else:
     _Base = object
 
@@ -76,7 +76,7 @@ class LogProbabilityMixin(_Base):
 
     def _fuse(self) -> None:
         """On CUDA, where it was measured to pay, the training forward runs with fused layers."""
-        from rlvr.trainers.fused_layers import FusedForwards
+        from rlvr.fused.layers import FusedForwards
 
         self._fused = FusedForwards(self.model)
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from rlvr.fused import flash
 from rlvr.rollout.grouped.cache import Cache
 
 ATTENTION_NAME = "rlvr_grouped"  # no mask function is registered under it, so transformers builds no mask
@@ -70,19 +71,28 @@ ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, grouped_attention)
 
 @dataclass(frozen=True)
 class Prefill:
-    """Whole prompts packed into one row: each attends to itself. `spans`: (group, first token, end)."""
+    """Whole prompts packed into one row: each attends to itself.
+
+    Attributes:
+        spans: (group, first token, end), one after the other.
+        starts: (spans + 1,), int32, the first tokens and the end.
+    """
 
     cache: Cache
     spans: Sequence[tuple[int, int, int]]
+    starts: Tensor
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
     ) -> Tensor:
-        output = torch.empty_like(query.transpose(1, 2))
         for group, start, end in self.spans:
+            self.cache.prompt_keys[layer, group, :, : end - start] = key[0, :, start:end]
+            self.cache.prompt_values[layer, group, :, : end - start] = value[0, :, start:end]
+        if flash.takes(query):
+            return self._flash(query, key, value, scaling, window)
+        output = torch.empty_like(query.transpose(1, 2))
+        for _, start, end in self.spans:
             q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
-            self.cache.prompt_keys[layer, group, :, : end - start] = k[0]
-            self.cache.prompt_values[layer, group, :, : end - start] = v[0]
             if window is None or end - start <= window:
                 attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
             else:
@@ -93,6 +103,20 @@ class Prefill:
                 attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
             output[:, start:end] = attended.transpose(1, 2)
         return output
+
+    def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
+        """All prompts in one call. SDPA would also plan anew for every length of prompt that it has not met."""
+        longest = max(end - start for _, start, end in self.spans)
+        output = flash.varlen_flash(
+            *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+            query_starts=self.starts,
+            key_starts=self.starts,
+            longest_query=longest,
+            longest_key=longest,
+            scale=scaling,
+            window=window,
+        )
+        return output[None]
 
 
 @dataclass(frozen=True)

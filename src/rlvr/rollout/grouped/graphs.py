@@ -9,7 +9,10 @@ from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from rlvr.fused.layers import FusedForwards
+from rlvr.rollout.grouped.attention import Plan
 from rlvr.rollout.grouped.cache import CacheShape
 from rlvr.rollout.grouped.kernels import PIECE, KernelDecode, tile_members, tiles_of
 from rlvr.rollout.grouped.runner import Row, Runner
@@ -47,6 +50,7 @@ class GraphRunner(Runner):
     ):
         super().__init__(model, shape, **settings)
         self.capture, self.compile_layers = capture, compile_layers
+        self._fused = FusedForwards(model)
         self.graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._side = torch.cuda.Stream(self.device)  # one for all graphs: memory of a pool is kept by stream
@@ -68,6 +72,14 @@ class GraphRunner(Runner):
         members = [[*tile, *[-1] * (self._members - len(tile))] for _, tile in tiles]
         self._tile_groups[: self._tiles].copy_(torch.tensor([group for group, _ in tiles]))
         self._tile_rows[: self._tiles].copy_(torch.tensor(members))
+
+    def _hidden(self, ids: Any, positions: Any, plan: Plan) -> Tensor:
+        """Many tokens, whose activations fill the device's memory bandwidth: with fused layers."""
+        self._fused.put_in()
+        try:
+            return super()._hidden(ids, positions, plan)
+        finally:
+            self._fused.take_out()
 
     def _run(self, steps: int) -> None:
         most = -(-self.cache.shape.suffix_tokens // PIECE)

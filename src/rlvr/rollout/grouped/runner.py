@@ -105,7 +105,8 @@ class Runner:
 
         def flush() -> None:
             if packed:
-                self._hidden(packed, positions, Prefill(self.cache, tuple(spans)))
+                starts = torch.tensor([0, *(end for _, _, end in spans)], dtype=torch.int32, device=self.device)
+                self._hidden(packed, positions, Prefill(self.cache, tuple(spans), starts))
             for values in (packed, positions, spans):
                 values.clear()
 

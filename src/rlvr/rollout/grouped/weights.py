@@ -35,7 +35,8 @@ def rollout_mode(model: Any, *, merge: bool = True) -> Iterator[None]:
     rounds, so W is not recomputed by subtraction but kept.
     """
     with ExitStack() as undo:
-        training = [module for module in model.modules() if module.training]
+        modules = list(model.modules())  # walked once a rollout: an adapted model of 28 layers has more than 2,000
+        training = [module for module in modules if module.training]
         undo.callback(_set_training, training, True)
         _set_training(training, False)
 
@@ -44,34 +45,36 @@ def rollout_mode(model: Any, *, merge: bool = True) -> Iterator[None]:
         config._attn_implementation = ATTENTION_NAME
 
         if merge:
-            undo.enter_context(merged_lora(model))
+            undo.enter_context(merged_lora(modules))
         undo.enter_context(torch.no_grad())
         undo.enter_context(torch.autocast(next(model.parameters()).device.type, enabled=False))
         yield
 
 
 @contextmanager
-def merged_lora(model: nn.Module) -> Iterator[None]:
+def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Merges every LoRA layer that can be into its base weight, in place, and takes the wrapper out of the model.
 
     In place, so that captured CUDA graphs, which know weights by address, go on working from one rollout to the next.
     Layers that cannot be merged exactly (`mergeable`) stay wrapped and apply their adapter in every forward.
+
+    Args:
+        modules: all of the model's, itself the first.
     """
     with ExitStack() as undo, torch.no_grad():
-        modules = list(model.modules())  # walked once: an adapted model of 28 layers has more than 2,000
         tied = _shared_parameters(modules)
-        room = _room(next(model.parameters()).device)  # asked once: the driver takes its time to answer
+        room = _room(next(modules[0].parameters()).device)  # asked once: the driver takes its time to answer
         for parent in modules:
-            layers: list[tuple[str, Any]] = list(parent.named_children())
-            for name, layer in layers:
+            children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
+            for name, layer in list(children.items()):
                 if not mergeable(layer) or layer.base_layer.weight in tied:
                     continue
                 weight = layer.base_layer.weight
                 room -= weight.nbytes
                 undo.callback(weight.data.copy_, weight.detach().clone() if room > 0 else weight.detach().to("cpu"))
                 weight.copy_(merged_weight(layer))
-                undo.callback(setattr, parent, name, layer)
-                setattr(parent, name, layer.base_layer)
+                undo.callback(children.__setitem__, name, layer)
+                children[name] = layer.base_layer
         yield
 
 
@@ -101,17 +104,19 @@ def merged_weight(layer: Any) -> Tensor:
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
     """What a captured graph depends on beside the values of the weights: their addresses, and unmerged adapters."""
+    modules = list(model.modules())
     adapters = [
         (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.scaling.values()))
-        for layer in model.modules()
+        for layer in modules
         if isinstance(layer, LoraLayer)
     ]
-    return tuple(parameter.data_ptr() for parameter in model.parameters()), tuple(adapters)
+    parameters = (parameter for module in modules for parameter in module._parameters.values())
+    return tuple(p.data_ptr() for p in parameters if p is not None), tuple(adapters)
 
 
 def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
     for module in modules:
-        module.training = training
+        vars(module)["training"] = training  # what setting the attribute does, without the ceremony of a module
 
 
 def _room(device: torch.device) -> float:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TINY = "a tiny Qwen2 made on the spot"
 _LAST_LINES = 6
+_LOOK_EVERY_S = 0.2  # for new results of a child
 
 Listener = Callable[[CheckResult], None]
 
@@ -149,15 +150,18 @@ class _Job:
     def _in_children(self, checks: list[Check]) -> Iterator[CheckResult]:
         while checks:
             began = time.monotonic()
-            results, last_words = self._child(checks)
-            yield from results
-            checks = checks[len(results) :]
+            done = 0
+            with self._child(checks) as child:
+                for result in child.results():
+                    done += 1
+                    yield result
+            checks = checks[done:]
             if checks:
-                yield make_result(checks[0], time.monotonic() - began, failure=last_words)
+                yield make_result(checks[0], time.monotonic() - began, failure=child.last_words())
                 checks = checks[1:]
 
-    def _child(self, checks: list[Check]) -> tuple[list[CheckResult], str]:
-        """What a child found, and how it ended."""
+    @contextmanager
+    def _child(self, checks: list[Check]) -> Iterator[_Child]:
         group = checks[0].group
         folder = Path(tempfile.mkdtemp(prefix=f"{group}-", dir=self.scratch))
         job = {
@@ -167,25 +171,20 @@ class _Job:
             "checks": [check.name for check in checks],
             "scratch": str(folder),
         }
-        command = [sys.executable, "-m", "rlvr.testing.conformance.child", json.dumps(job)]
-        with open(folder / "output.txt", "w+", encoding="utf-8", errors="replace") as output:
-            try:
-                code = subprocess.run(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    timeout=self.timeout_s,
-                    check=False,
-                    cwd=folder,
-                    env=self._environment(group, folder),
-                ).returncode
-                ending = f"the process died with exit code {code}"
-            except subprocess.TimeoutExpired:
-                ending = f"the process was ended after {self.timeout_s:g} s"
-            output.seek(0)
-            last = output.read().strip().splitlines()[-_LAST_LINES:]
-        return read_results(folder), "\n".join([f"{ending}; its last lines:", *last])
+        with open(folder / "output.txt", "w", encoding="utf-8") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "rlvr.testing.conformance.child", json.dumps(job)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                env=self._environment(group, folder),
+            )
+        try:
+            yield _Child(process, folder, self.timeout_s)
+        finally:
+            process.kill()
+            process.wait()
 
     def _environment(self, group: str, folder: Path) -> dict[str, str]:
         environment = {
@@ -200,6 +199,44 @@ class _Job:
         if group == "alone":
             environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
         return environment
+
+
+@dataclass
+class _Child:
+    """A process that runs checks, and writes a line for each into its folder."""
+
+    process: subprocess.Popen[bytes]
+    folder: Path
+    timeout_s: float
+    _timed_out: bool = False
+
+    def results(self) -> Iterator[CheckResult]:
+        """What it found, as it finds it, until it ends or its time is up."""
+        deadline = time.monotonic() + self.timeout_s
+        told = 0
+        running = True
+        while running:
+            running = self._is_running(until=deadline)
+            found = read_results(self.folder)
+            yield from found[told:]
+            told = len(found)
+
+    def last_words(self) -> str:
+        """How it ended, and what it printed last."""
+        code = self.process.returncode
+        died = f"the process died with exit code {code}"
+        ending = f"the process was ended after {self.timeout_s:g} s" if self._timed_out else died
+        output = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace")
+        return "\n".join([f"{ending}; its last lines:", *output.strip().splitlines()[-_LAST_LINES:]])
+
+    def _is_running(self, *, until: float) -> bool:
+        """Waits for a moment; false once the process has ended, by itself or because its time is up."""
+        try:
+            self.process.wait(timeout=_LOOK_EVERY_S)
+        except subprocess.TimeoutExpired:
+            self._timed_out = time.monotonic() > until
+            return not self._timed_out
+        return False
 
 
 def run_check(check: Check, context: Context) -> CheckResult:
@@ -252,7 +289,9 @@ def read_results(folder: Path) -> list[CheckResult]:
     if not path.exists():
         return []
     with open(path, encoding="utf-8") as file:
-        return [CheckResult(**json.loads(line)) for line in file]
+        return [
+            CheckResult(**json.loads(line)) for line in file if line.endswith("\n")
+        ]  # the last may be half written
 
 
 def _absolute(model: str | None) -> str | None:

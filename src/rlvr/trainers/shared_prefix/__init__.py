@@ -66,7 +66,7 @@ def shared_prefix_logps(
         attention_mask=torch.ones((1, 1, 0, 0), dtype=torch.bool, device=input_ids.device),
         shift_labels=packed.labels,
         fused_lm_head=True,
-        shared_prefix=TreeLayout.of(packed.groups, input_ids.device, flash=flash),
+        shared_prefix=TreeLayout.of(packed.groups, input_ids.device, use_flash=flash),
     )
     shape = (len(input_ids), completion_columns)
     logps = packed.unpack(outputs.log_probs, *shape)

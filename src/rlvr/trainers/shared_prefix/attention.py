@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from rlvr.fused import flash
 from rlvr.trainers.shared_prefix.packing import Group
 
 SUFFIX = "+shared_prefix"
-FLASH_DTYPES = (torch.bfloat16, torch.float16)
-FLASH_HEADS = range(8, 257, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +36,7 @@ class TreeLayout:
         branch_index: for each group (branches, longest branch), the packed positions of its branches, the
             last one repeated at the end of shorter branches; None where all are equally long.
         branch_select: for each such group, where its branch tokens are in the flattened `branch_index`.
-        flash: use the variable-length flash kernel (CUDA, half precision) rather than SDPA by group.
+        use_flash: the variable-length flash kernel (CUDA, half precision) rather than SDPA by group.
     """
 
     groups: tuple[Group, ...]
@@ -48,10 +47,10 @@ class TreeLayout:
     longest_key: int
     branch_index: tuple[Tensor | None, ...]
     branch_select: tuple[Tensor | None, ...]
-    flash: bool
+    use_flash: bool
 
     @classmethod
-    def of(cls, groups: tuple[Group, ...], device: torch.device, *, flash: bool = True) -> TreeLayout:
+    def of(cls, groups: tuple[Group, ...], device: torch.device, *, use_flash: bool = True) -> TreeLayout:
         query_lengths, key_lengths, keys = [], [], []
         for group in groups:
             trunk = torch.arange(group.start, group.start + group.trunk)
@@ -74,7 +73,7 @@ class TreeLayout:
             longest_key=max(key_lengths),
             branch_index=tuple(None if pair is None else pair[0].to(device) for pair in padded),
             branch_select=tuple(None if pair is None else pair[1].to(device) for pair in padded),
-            flash=flash and device.type == "cuda",
+            use_flash=use_flash and device.type == "cuda",
         )
 
 
@@ -157,7 +156,7 @@ def tree_attention(
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = None if sliding_window is None or sliding_window >= layout.longest_key else sliding_window
-    if layout.flash and query.dtype in FLASH_DTYPES and query.shape[-1] in FLASH_HEADS:
+    if layout.use_flash and flash.takes(query):
         return _flash(query, key, value, layout, scale=scale, window=window)
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -193,21 +192,17 @@ def _flash(
     def spread(tensor: Tensor) -> Tensor:
         return _Spread.apply(tensor[0].transpose(0, 1), layout.key_index)
 
-    output = torch.ops.aten._flash_attention_forward(
+    output = flash.varlen_flash(
         query[0].transpose(0, 1),
         spread(key),
         spread(value),
-        layout.query_starts,
-        layout.key_starts,
-        layout.longest_query,
-        layout.longest_key,
-        0.0,
-        True,
-        False,
+        query_starts=layout.query_starts,
+        key_starts=layout.key_starts,
+        longest_query=layout.longest_query,
+        longest_key=layout.longest_key,
         scale=scale,
-        window_size_left=None if window is None else window - 1,
-        window_size_right=None if window is None else 0,
-    )[0]
+        window=window,
+    )
     return output[None]
 
 

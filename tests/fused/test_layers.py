@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlvr.fused.layers import FusedForwards, _Gated, _Rotary, fuse_layers, unfuse_layers
+from rlvr.fused.lora import fuse_lora, unfuse_lora
 from rlvr.testing.tiny import tiny_model
-from rlvr.trainers.fused_layers import FusedForwards, _Gated, _Rotary, fuse_layers, unfuse_layers
-from rlvr.trainers.fused_lora import fuse_lora, unfuse_lora
 from rlvr.trainers.shared_prefix import SUPPORTED_MODEL_TYPES
 
 pytestmark = pytest.mark.both

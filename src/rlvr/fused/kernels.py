@@ -1,4 +1,4 @@
-"""Triton kernels of `fused_layers`, which has their slow twins. Everything is computed in float32 and stored in the
+"""Triton kernels of `layers`, which has their slow twins. Everything is computed in float32 and stored in the
 dtype of the output."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"

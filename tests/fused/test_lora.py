@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlvr.fused.lora import _LoraProduct, fuse_lora, unfuse_lora
 from rlvr.testing.tiny import tiny_model
-from rlvr.trainers.fused_lora import _LoraProduct, fuse_lora, unfuse_lora
 
 INPUT = torch.arange(3, 23).view(2, 10)
 

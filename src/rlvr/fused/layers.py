@@ -54,7 +54,7 @@ class _RmsNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, style: NormStyle) -> Tensor:
         dtype = torch.promote_types(x.dtype, weight.dtype) if style.rounds else x.dtype
         if x.is_cuda:
-            from rlvr.trainers.fused_kernels import rms_norm
+            from rlvr.fused.kernels import rms_norm
 
             y, inverse = rms_norm(x, weight, eps, shift=style.shift, rounds=style.rounds, dtype=dtype)
         else:
@@ -71,7 +71,7 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0] and x.is_cuda:
-            from rlvr.trainers.fused_kernels import rms_norm_backward
+            from rlvr.fused.kernels import rms_norm_backward
 
             grad_x = rms_norm_backward(grad.contiguous(), x, weight, inverse, shift=ctx.shift)
         elif ctx.needs_input_grad[0]:
@@ -91,7 +91,7 @@ class _Gated(torch.autograd.Function):
         ctx.save_for_backward(gate, up)
         ctx.is_gelu = is_gelu
         if gate.is_cuda:
-            from rlvr.trainers.fused_kernels import gated
+            from rlvr.fused.kernels import gated
 
             return gated(gate, up, gelu=is_gelu)
         return (gelu(gate, approximate="tanh") if is_gelu else silu(gate)) * up
@@ -101,7 +101,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if gate.is_cuda:
-            from rlvr.trainers.fused_kernels import gated_backward
+            from rlvr.fused.kernels import gated_backward
 
             return *gated_backward(grad.contiguous(), gate, up, gelu=ctx.is_gelu), None
         with torch.enable_grad():
@@ -132,7 +132,7 @@ def _rotated(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtypes: tuple[torch.dtype, torch.dtype], *, backward: bool
 ) -> tuple[Tensor, Tensor]:
     if q.is_cuda:
-        from rlvr.trainers.fused_kernels import rotary
+        from rlvr.fused.kernels import rotary
 
         q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
         return rotary(q, k, cos, sin, dtypes, backward=backward)
@@ -228,7 +228,7 @@ class FusedForwards:
     """The fused forwards of a model, LoRA layers included, found once: putting them in and out costs nothing."""
 
     def __init__(self, model: nn.Module):
-        from rlvr.trainers.fused_lora import fuse_lora, unfuse_lora
+        from rlvr.fused.lora import fuse_lora, unfuse_lora
 
         own = {module for module in model.modules() if "forward" in module.__dict__}
         fuse_layers(model)

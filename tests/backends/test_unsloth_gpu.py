@@ -1,0 +1,132 @@
+"""Unsloth on a GPU, where it replaces TRL's trainer: trained through `rlvr.train`, Unsloth imported first."""
+
+import json
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+import rlvr
+from rlvr import LoraSettings, load_backend, load_policy
+from rlvr.errors import PatchedProcessError, UnsupportedSettingError
+from rlvr.testing.tiny import save_tiny
+from rlvr.tracking.adapter_hash import adapter_hash
+
+pytestmark = [pytest.mark.gpu, pytest.mark.unsloth]
+
+SMALL = {
+    "max_prompt_length": 256,
+    "max_tokens": 24,
+    "num_generations": 4,
+    "prompts_per_step": 2,
+    "learning_rate": 5e-3,
+    "eval_samples": 2,
+    "save_steps": 2,
+    "report_to": "none",
+}
+
+
+def double(number: int) -> int:
+    """Doubles a number.
+
+    Args:
+        number: what to double.
+    """
+    return 2 * number
+
+
+def bytes_modulo_7(trajectory):
+    return float(sum(map(ord, trajectory.text)) % 7)
+
+
+def environment(tools):
+    rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
+    return rlvr.Environment(
+        name="bytes",
+        train_dataset=rows[:9],
+        eval_dataset=rows[9:],
+        rubric=rlvr.Rubric(bytes_modulo_7),
+        tools=[double] if tools else [],
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Large enough for Unsloth's kernels and for 4-bit blocks; its logits differ, so that rewards do."""
+    sizes = {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512}
+    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", initializer_range=0.1, **sizes)
+
+
+def loaded(folder, quantization="none"):
+    return load_policy(
+        str(folder), backend="unsloth", max_seq_length=512, quantization=quantization, lora=LoraSettings(r=8, alpha=8)
+    )
+
+
+def adapter_and_rest(policy):
+    """Copies of the adapter's parameters, and of all others."""
+    values = {name: value.detach().clone() for name, value in policy.model.named_parameters()}
+    adapter = {name for name in values if "lora_" in name}
+    return {n: values[n] for n in adapter}, {n: v for n, v in values.items() if n not in adapter}
+
+
+@pytest.mark.parametrize("tools", [False, True], ids=["plain", "tools"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_unsloths_own_trainer_trains_the_adapter_alone(folder, tmp_path, monkeypatch, quantization, beta, tools):
+    monkeypatch.chdir(tmp_path)
+    from rlvr.trainers import EnhancedGRPOTrainer
+
+    policy = loaded(folder, quantization)
+    adapter, rest = adapter_and_rest(policy)
+    start = adapter_hash(policy.model)
+    run = rlvr.train(
+        environment(tools), policy, "unsloth", **SMALL, kl_beta=beta, max_steps=2, output_dir=tmp_path / "run"
+    )
+
+    names = [base.__name__ for base in EnhancedGRPOTrainer.__mro__]
+    assert "UnslothGRPOTrainer" in names
+    assert not (tmp_path / "unsloth_compiled_cache").exists()
+    trained, kept = adapter_and_rest(policy)
+    assert all(torch.equal(value, kept[name]) for name, value in rest.items())
+    assert any(not torch.equal(value, trained[name]) for name, value in adapter.items())
+    rows = [row for row in run.metrics() if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert all(row["grad_norm"] > 0 for row in rows)
+    if beta:
+        assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-3)
+    hashes = [row["adapter"] for row in run.trajectories() if row["phase"] == "train"]
+    assert hashes[0] == start
+    assert run.summary["adapter"] == adapter_hash(policy.model) != start
+
+
+@pytest.mark.parametrize("quantization", ["none", "4bit"])
+def test_a_saved_adapter_loads_back_as_the_same_policy(folder, tmp_path, quantization):
+    """The hash of the live adapter is the loaded one's, and an export passes its own comparison."""
+    run = rlvr.train(
+        environment(False), loaded(folder, quantization), "unsloth", **SMALL, max_steps=2,
+        output_dir=tmp_path / "run",
+    )  # fmt: skip
+    again = load_backend("unsloth").load_saved(run.folder / "adapter", run.policy.settings)
+    assert adapter_hash(again.model) == run.summary["adapter"]
+    for export_format in ("adapter", "merged-16bit"):
+        exported = rlvr.export(run.folder, export_format, output=tmp_path / export_format)
+        assert json.loads((exported.folder / "parity.json").read_text())["ok"]
+
+
+def test_vllm_is_used_where_it_is_installed_and_else_refused_in_one_line(folder):
+    if find_spec("vllm") is not None:
+        policy = load_policy(str(folder), backend="unsloth", max_seq_length=512, fast_inference="on")
+        assert hasattr(policy.model, "vllm_engine")
+        return
+    with pytest.raises(UnsupportedSettingError, match=r'pip install "rlvr\[vllm\]"'):
+        load_policy(str(folder), backend="unsloth", max_seq_length=512, fast_inference="on")
+
+
+def test_hf_is_refused_in_the_patched_process_and_trains_in_a_child(folder, tmp_path):
+    with pytest.raises(PatchedProcessError, match="isolate=True"):
+        rlvr.train("arithmetic", str(folder), "hf", **SMALL, max_steps=1, output_dir=tmp_path / "refused")
+    run = rlvr.train(
+        "arithmetic", str(folder), "hf", **SMALL, max_steps=1, output_dir=tmp_path / "isolated", isolate=True
+    )
+    assert [row["step"] for row in run.metrics() if "loss" in row] == [1]
