@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from rlvr_unsloth.process import import_unsloth
 
 unsloth = import_unsloth()
 
+import numpy  # noqa: E402
 import torch  # noqa: E402
 
 from rlvr.backends.checks import (  # noqa: E402
@@ -89,6 +91,8 @@ class UnslothBackend:
                 )
             notes.append(f"Unsloth chose {_name(loaded)} for this model.")
         notes.append(f"loaded {settings.model} in {_name(loaded)} on {model.device}, Unsloth {unsloth.__version__}.")
+        if loaded is torch.float32 and not on_cpu() and unsloth.is_bfloat16_supported():
+            notes.append("Unsloth's trainer computes with float32 weights in bfloat16 (autocast).")
         notes += _inference_notes(settings, fast_inference)
         return LoadedPolicy(model=model, tokenizer=tokenizer, settings=settings, notes=tuple(notes))
 
@@ -346,8 +350,20 @@ def _from_pretrained(
         }
         if settings.device is not None:
             arguments["device_map"] = {"": settings.device}
-    with _output_to_stderr(), loading_errors(settings.model), _runtime_errors(settings.model):
+    with _output_to_stderr(), _random_state_kept(), loading_errors(settings.model), _runtime_errors(settings.model):
         return unsloth.FastLanguageModel.from_pretrained(model_name=model_name, **arguments)
+
+
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """On a GPU, loading seeds the generators of Python, NumPy and torch."""
+    python, numpy_state = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(numpy_state)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from rlvr.tracking.adapter_hash import adapter_hash
 pytestmark = [pytest.mark.gpu, pytest.mark.unsloth]
 
 SMALL = {
-    "max_prompt_length": 256,
+    "max_prompt_length": 1024,
     "max_tokens": 24,
     "num_generations": 4,
     "prompts_per_step": 2,
@@ -59,7 +59,7 @@ def folder(tmp_path_factory):
 
 def loaded(folder, quantization="none"):
     return load_policy(
-        str(folder), backend="unsloth", max_seq_length=512, quantization=quantization, lora=LoraSettings(r=8, alpha=8)
+        str(folder), backend="unsloth", max_seq_length=1280, quantization=quantization, lora=LoraSettings(r=8, alpha=8)
     )
 
 
@@ -116,11 +116,11 @@ def test_a_saved_adapter_loads_back_as_the_same_policy(folder, tmp_path, quantiz
 
 def test_vllm_is_used_where_it_is_installed_and_else_refused_in_one_line(folder):
     if find_spec("vllm") is not None:
-        policy = load_policy(str(folder), backend="unsloth", max_seq_length=512, fast_inference="on")
+        policy = load_policy(str(folder), backend="unsloth", max_seq_length=1280, fast_inference="on")
         assert hasattr(policy.model, "vllm_engine")
         return
     with pytest.raises(UnsupportedSettingError, match=r'pip install "rlvr\[vllm\]"'):
-        load_policy(str(folder), backend="unsloth", max_seq_length=512, fast_inference="on")
+        load_policy(str(folder), backend="unsloth", max_seq_length=1280, fast_inference="on")
 
 
 def test_hf_is_refused_in_the_patched_process_and_trains_in_a_child(folder, tmp_path):

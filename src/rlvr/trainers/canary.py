@@ -18,8 +18,22 @@ if TYPE_CHECKING:
     from rlvr.trainers.rollouts import RolloutMixin
 
 BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Mean absolute difference of log-probabilities, in nats, above which a run stops, by the dtype of the weights.
-Rounding alone stays an order of magnitude below."""
+"""Mean absolute difference of log-probabilities, in nats, above which a run stops, by the dtype that they are computed
+in. Rounding alone stays an order of magnitude below."""
+
+
+def computed_in(trainer: Any) -> torch.dtype:
+    """The coarsest dtype of the training forward: that of its autocast, where there is one, or of the weights.
+
+    Unsloth's trainer switches autocast on for float32 weights, in its arguments.
+    """
+    dtypes = [trainer.model.dtype] + [torch.bfloat16] * trainer.args.bf16 + [torch.float16] * trainer.args.fp16
+    return max(dtypes, key=lambda dtype: BOUNDS.get(dtype, BOUNDS[torch.bfloat16]))
+
+
+def bound_of(trainer: Any) -> float:
+    """In nats, see `BOUNDS`."""
+    return BOUNDS.get(computed_in(trainer), BOUNDS[torch.bfloat16])
 
 
 @dataclass(frozen=True)
@@ -65,6 +79,7 @@ def check_sampler(
     width = max(map(len, completion_ids))
     with torch.no_grad():
         trained, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, width)
+    trained = _completions_of(trained, mask, width)
     counts = padded(sampled_mask, 0, "right").bool()
     sampled = padded(logprobs, 0, "right").float()[counts]
     trained = trained.float()[counts]
@@ -76,16 +91,29 @@ def check_sampler(
         max_difference=difference.max().item(),
         tokens=int(counts.sum()),
     )
-    bound = BOUNDS.get(trainer.model.dtype, BOUNDS[torch.bfloat16])
+    bound = bound_of(trainer)
     if not drift.mean_difference <= bound:  # also when it is not a number
         raise SamplerDriftError(
             f"the rollout engine {trainer.engine.name!r} does not sample from the policy that is trained: over "
             f"{drift.tokens} sampled tokens its mean log-probability is {drift.rollout_mean:.4f}, the training "
             f"forward's is {drift.training_mean:.4f}, and they differ by {drift.mean_difference:.4f} nats on average "
-            f"(at most {drift.max_difference:.4f}); allowed: {bound:g} in {trainer.model.dtype}. "
+            f"(at most {drift.max_difference:.4f}); allowed: {bound:g} in {computed_in(trainer)}. "
             "Try rollout_engine='generate'; if that agrees, please report the model and the versions."
         )
     return drift
+
+
+def _completions_of(logps: torch.Tensor, mask: torch.Tensor, width: int) -> torch.Tensor:
+    """The completions' columns (B, `width`) of a training forward's log-probabilities.
+
+    Unsloth's trainer moves the rows to the left, over their padding, and gives the end of what it has then: rows that
+    were padded by less than the most begin that much later.
+    """
+    if logps.shape[1] == width:
+        return logps
+    padding = (mask[:, :-width] == 0).sum(dim=1)
+    columns = torch.arange(width, device=logps.device) + (logps.shape[1] - width - padding)[:, None]
+    return logps.gather(1, columns)
 
 
 def shortest(

@@ -65,6 +65,8 @@ class LogProbabilityMixin(_Base):
         problem = unsupported_reason(self.model)
         if problem is None and self.aux_loss_enabled:
             problem = "the auxiliary loss of a mixture of experts needs every token of every row"
+        if problem is None and self._on_unsloth_trainer:
+            problem = "Unsloth's trainer computes log-probabilities in its own order of columns"
         if problem is None:
             self.shares_prefix = True
             if self.model.device.type == "cuda" and find_spec("triton") is not None:
@@ -102,6 +104,7 @@ class LogProbabilityMixin(_Base):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
+        *args: Any,  # Unsloth's trainer has one more
         **kwargs: Any,
     ) -> Any:
         """As TRL's: (log-probabilities (B, C), entropies (B, C) or None, auxiliary loss or None), in nats."""
@@ -110,9 +113,10 @@ class LogProbabilityMixin(_Base):
         arguments = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
         if isinstance(model, StartingPolicy):
             with model.applied():
-                return self._get_per_token_logps_and_entropies(self.model, *arguments, **kwargs)
-        if not self.shares_prefix or any(value is not None and value is not False for value in kwargs.values()):
-            return super()._get_per_token_logps_and_entropies(model, *arguments, **kwargs)
+                return self._get_per_token_logps_and_entropies(self.model, *arguments, *args, **kwargs)
+        more = [value for value in (*args, *kwargs.values()) if value is not None and value is not False]
+        if more or not self.shares_prefix:
+            return super()._get_per_token_logps_and_entropies(model, *arguments, *args, **kwargs)
         return *self._shared_prefix_logps(model, *arguments), None
 
     def _shared_prefix_logps(

@@ -1,0 +1,61 @@
+"""Trains on Unsloth's generated trainer without a GPU, which it makes for GPUs only. A process of its own:
+
+    python unsloth_on_cpu.py BETA
+
+Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
+methods that mark Unsloth's. Prints a JSON line: the trainer's classes, and the rows that it logged.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ.update(
+    UNSLOTH_ALLOW_CPU="1",
+    TORCHDYNAMO_DISABLE="1",
+    UNSLOTH_AUTO_INSTALL="0",
+    UNSLOTH_COMPILE_LOCATION=tempfile.mkdtemp(),
+    HF_HUB_OFFLINE="1",
+    WANDB_MODE="disabled",
+)
+import unsloth  # noqa: F401
+
+os.environ["UNSLOTH_ALLOW_CPU"] = "0"
+from unsloth.models.rl import PatchFastRL
+
+PatchFastRL()
+
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+
+from rlvr.testing.tiny import tiny_model, tiny_tokenizer
+from rlvr.trainers import EnhancedGRPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests_support import grpo_config
+
+
+def length(completions, **_):
+    return [float(len(completion)) for completion in completions]
+
+
+def main(beta: float) -> None:
+    model = get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules="all-linear"))
+    model.for_training = lambda *args, **kwargs: model.train()
+    model.for_inference = lambda *args, **kwargs: model.eval()
+    folder = tempfile.mkdtemp()
+    trainer = EnhancedGRPOTrainer(
+        model=model,
+        processing_class=tiny_tokenizer(),
+        reward_funcs=length,
+        train_dataset=Dataset.from_list([{"prompt": "ab" * n} for n in range(1, 9)]),  # unequal: padded on the left
+        args=grpo_config(folder, beta=beta, optim="adamw_torch", per_device_train_batch_size=8, warmup_steps=0),
+    )
+    trainer.train()
+    names = [base.__name__ for base in type(trainer).__mro__]
+    print(json.dumps({"classes": names, "rows": [row for row in trainer.state.log_history if "loss" in row]}))
+
+
+main(float(sys.argv[1]))
