@@ -9,7 +9,7 @@ from rlvr.trainers.canary import _completions_of, bound_of
 
 
 def test_columns_of_unsloths_trainer_are_found():
-    """Three rows of two prompt columns at most padded by 0, 1, 2 and two completion tokens: moved left, cut to 2 + 2."""
+    """Rows padded by 0, 1 and 2, with two completion columns: moved to the left, and the last 2 + 2 columns kept."""
     mask = torch.tensor([[1, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 0, 1, 1, 0]])
     moved = torch.tensor([[-9.0, -9, 1, 2], [-9, 3, 4, -9], [5, 6, -9, -9]])
     assert _completions_of(moved, mask, 2).tolist() == [[1, 2], [3, 4], [5, 6]]

@@ -1,9 +1,9 @@
 """Trains on Unsloth's generated trainer without a GPU, which it makes for GPUs only. A process of its own:
 
-    python unsloth_on_cpu.py BETA
+    python unsloth_on_cpu.py BETA ...
 
 Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
-methods that mark Unsloth's. Prints a JSON line: the trainer's classes, and the rows that it logged.
+methods that mark Unsloth's. Prints a JSON line for each beta: the trainer's classes, and the rows that it logged.
 """
 
 import json
@@ -27,35 +27,37 @@ from unsloth.models.rl import PatchFastRL
 
 PatchFastRL()
 
-from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-
-from rlvr.testing.tiny import tiny_model, tiny_tokenizer
-from rlvr.trainers import EnhancedGRPOTrainer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from tests_support import grpo_config
-
 
 def length(completions, **_):
     return [float(len(completion)) for completion in completions]
 
 
-def main(beta: float) -> None:
+def train(beta):
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from tests_support import grpo_config
+
+    from rlvr.testing.tiny import tiny_model, tiny_tokenizer
+    from rlvr.trainers import EnhancedGRPOTrainer
+
     model = get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules="all-linear"))
     model.for_training = lambda *args, **kwargs: model.train()
     model.for_inference = lambda *args, **kwargs: model.eval()
-    folder = tempfile.mkdtemp()
     trainer = EnhancedGRPOTrainer(
         model=model,
         processing_class=tiny_tokenizer(),
         reward_funcs=length,
         train_dataset=Dataset.from_list([{"prompt": "ab" * n} for n in range(1, 9)]),  # unequal: padded on the left
-        args=grpo_config(folder, beta=beta, optim="adamw_torch", per_device_train_batch_size=8, warmup_steps=0),
+        args=grpo_config(
+            tempfile.mkdtemp(), beta=beta, optim="adamw_torch", per_device_train_batch_size=8, warmup_steps=0
+        ),
     )
     trainer.train()
     names = [base.__name__ for base in type(trainer).__mro__]
-    print(json.dumps({"classes": names, "rows": [row for row in trainer.state.log_history if "loss" in row]}))
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    print(json.dumps({"beta": beta, "classes": names, "rows": rows}))
 
 
-main(float(sys.argv[1]))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+for beta in map(float, sys.argv[1:]):
+    train(beta)
