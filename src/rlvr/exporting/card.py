@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, by which versions, and how it compares."""
+"""The model card: what was trained, on what, by which versions, and how an export compares with it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,12 @@ tokenizer = AutoTokenizer.from_pretrained("{here}", gguf_file="{file}")
 _HERE = "PATH_OR_REPOSITORY"
 
 
-def model_card(source: Source, export_format: ExportFormat, parity: Parity) -> str:
-    """A README.md with front matter as the Hub reads it. It holds no secret, and no path of this machine."""
+def model_card(source: Source, export_format: ExportFormat, parity: Parity | None) -> str:
+    """A README.md with front matter as the Hub reads it. It holds no secret, and no path of this machine.
+
+    Args:
+        parity: how the export compares; None where the run's own files are described.
+    """
     config = without_secrets(source.config)
     base, env = _portable(source.settings.model), str(config["env"])
     kind = "LoRA adapter" if source.is_adapter else "fully fine-tuned model"
@@ -54,7 +58,7 @@ def model_card(source: Source, export_format: ExportFormat, parity: Parity) -> s
         f"## Load\n\n```python\n{_loading(source, export_format, base)}```",
         f"## Environment\n\n{_yaml({'env': env, 'env_options': _portable(config['env_options'])})}",
         f"## Evaluation\n\n{_evaluation(source)}",
-        f"## Comparison with the trained policy\n\n{_comparison(export_format, parity)}",
+        *([f"## Comparison with the trained policy\n\n{_comparison(export_format, parity)}"] if parity else []),
         f"## Settings\n\n{_yaml({**_settings(config), 'lora': source.run.policy()['lora']})}",
         f"## Versions\n\n{_versions(source.run.versions())}",
         f"## Lineage\n\n{_lineage(source, base)}",
