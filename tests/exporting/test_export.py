@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from exporting_runs import environment
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
+from short_runs import environment
 from transformers import AutoModelForCausalLM
 
 import rlvr
