@@ -245,7 +245,7 @@ def test_the_main_process_pushes_what_was_saved_with_a_model_card(
     assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} <= set(uploaded[2])
     card = ModelCard.load(run.folder / "adapter" / "README.md")
     assert card.data.library_name == "peft"
-    for words in ("for 1 optimizer steps", "environment `bytes`", run.summary["adapter"]):
+    for words in ("for 1 optimizer step,", "environment `bytes`", run.summary["adapter"]):
         assert words in card.text
     assert "Comparison" not in card.text
     assert rlvr.lineage(run.folder).ok

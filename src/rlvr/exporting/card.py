@@ -13,6 +13,7 @@ from rlvr.exporting.parity import Parity
 from rlvr.exporting.source import Source
 from rlvr.exporting.writers import GGUF_FILE
 from rlvr.secrets import without_secrets
+from rlvr.wording import counted
 
 _PACKAGES = ("rlvr", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
 _SETTINGS = (ROLLOUTS, TRAINING, MEMORY)  # groups of `TrainSettings`; LoRA is stated as the backend applied it
@@ -54,7 +55,8 @@ def model_card(source: Source, export_format: ExportFormat, parity: Parity | Non
         f"---\n{_front_matter(source, export_format)}\n---",
         f"# {Path(base).name}, trained on {env}",
         f"A {kind} of `{base}`{merged} trained with reinforcement learning from verifiable rewards (GRPO) on the "
-        f"environment `{env}`, for {source.step} optimizer steps, with rlvr's backend `{config['backend']}`.",
+        f"environment `{env}`, for {counted(source.step, 'optimizer step')}, with rlvr's backend "
+        f"`{config['backend']}`.",
         f"## Load\n\n```python\n{_loading(source, export_format, base)}```",
         f"## Environment\n\n{_yaml({'env': env, 'env_options': _portable(config['env_options'])})}",
         f"## Evaluation\n\n{_evaluation(source)}",
@@ -124,7 +126,8 @@ def _lineage(source: Source, base: str) -> str:
     revision = source.settings.revision
     lines = [
         f"- base model: `{base}`" + (f", revision `{revision}`" if revision else ""),
-        f"- weights: `{source.adapter or 'not recorded'}`, after {source.step} steps (`{source.name}` of the run)",
+        f"- weights: `{source.adapter or 'not recorded'}`, after {counted(source.step, 'step')} (`{source.name}` of "
+        "the run)",
         f"- run: `{source.config['run_name']}`, seed {source.config['seed']}",
     ]
     return "\n".join(lines)

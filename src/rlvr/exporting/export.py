@@ -99,7 +99,6 @@ def export(
         parity = _written_and_compared(source, loaded_backend, writer, format, staging)
         _describe(source, format, parity, staging)
     source.run.add_export(_row(source, format, folder))
-    logger.info("the export is in %s", folder)
     url = push(folder, push_to_hub, private=private) if push_to_hub is not None else None
     return Export(folder=folder, format=format, adapter=source.adapter, parity=parity, url=url)
 
