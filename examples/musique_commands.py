@@ -18,12 +18,12 @@ import typer
 from rlvr.cli import EXIT_REFUSED
 from rlvr.cli import main as rlvr_command
 from rlvr.cli.options import (
-    EnvironmentCommand,
+    AdapterFolder,
+    EnvironmentName,
+    add_environment_command,
     environment_arguments,
     given,
     set_up_output,
-    settings_parameters,
-    with_parameters,
 )
 from rlvr.config import EVALUATION_SETTINGS
 from rlvr.environments.musique.data import UNANSWERABLE
@@ -62,9 +62,9 @@ def main(backend: str, arguments: Sequence[str] | None = None) -> None:
 
 def predict(
     ctx: typer.Context,
-    env: Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")],
+    env: EnvironmentName,
     output: Annotated[Path, typer.Option("--output", help="JSONL file to write")],
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="folder of a saved adapter, or of a run")] = None,
+    adapter: AdapterFolder = None,
     limit: Annotated[int | None, typer.Option("--limit", help="questions, from the first; by default all")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="rollouts played at the same time")] = 64,
     **options: Any,
@@ -115,11 +115,9 @@ def prediction(trajectory: Trajectory) -> Mapping[str, Any]:
 
 def _predict_command(line: Sequence[str]) -> None:
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    app.command(cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
-        with_parameters(predict, settings_parameters(EVALUATION_SETTINGS))
-    )
+    add_environment_command(app, predict, settings=EVALUATION_SETTINGS)
     try:
         app(list(line), prog_name="predict")
     except RlvrError as error:
-        print(error, file=sys.stderr)
+        print(f"predict: {error}", file=sys.stderr)
         sys.exit(EXIT_REFUSED)

@@ -39,3 +39,23 @@ def tokenizer():
 def model_folder(tmp_path_factory):
     """A tiny Qwen2 and its tokenizer, as `from_pretrained` reads them. Not to be written to."""
     return save_tiny(tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """The calls to a Hub that stands for the real one, whose user is `me`."""
+    from huggingface_hub import RepoUrl
+
+    calls = []
+
+    class Hub:
+        def create_repo(self, repository, **options):
+            calls.append(("create", repository, options))
+            return RepoUrl(f"https://huggingface.co/{repository if '/' in repository else f'me/{repository}'}")
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_x")
+    return calls

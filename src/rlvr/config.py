@@ -184,7 +184,9 @@ class TrainSettings:
     logging_steps: int = option(1, "steps between rows of metrics", RUN, least=1)
     eval_samples: int = option(100, "held-out examples to evaluate on before and after; 0: none", RUN, least=0)
     eval_every: int = option(0, "steps between further evaluations; 0: none", RUN, least=0)
-    push_to_hub: bool = option(False, "push the trained adapter or model to the Hub at the end", RUN)
+    push_to_hub: bool = option(
+        False, "push the trained adapter or model to the Hub at the end, with a model card", RUN
+    )
     hub_model_id: str | None = option(None, "repository to push to; by default the run name", RUN)
     seed: int = option(0, "of data order, sampling and new weights", RUN, least=0, most=2**32 - 1)
 

@@ -11,6 +11,7 @@ TRAIN = f"train arithmetic -m {{model}} {ONE_STEP}"
 BROKEN = f"train arithmetic -m ./broken {ONE_STEP}"
 URL = "http://127.0.0.1:9/v1"  # the port of the discard service: nobody listens
 API = "evaluate arithmetic -m {model} --api-base-url"
+MUSIQUE = "musique --datasets sample --retriever lexical -m {model}"
 DATASET = f"train dataset -m {{model}} {ONE_STEP} --datasets"
 
 
@@ -115,7 +116,7 @@ CASES = [
     ("environment-option-value", f"{TRAIN} --levels 9", PLAIN, ["9"]),
     ("environment-option-without-value", f"{TRAIN} --levels", PLAIN, ["--levels needs a value"]),
     ("unexpected-argument", f"{TRAIN} more", PLAIN, ["unexpected argument 'more'"]),
-    ("text-for-a-number", f"{TRAIN} --max-steps ten", PLAIN, ["--max-steps", "integer"]),
+    ("text-for-a-number", f"{TRAIN} --max-steps ten", PLAIN, ["--max-steps is 'ten'", "whole number"]),
     # configuration files
     ("no-config-file", f"{TRAIN} --config run.yaml", PLAIN, ["'run.yaml'", "No such file"]),
     ("broken-yaml", f"{TRAIN} --config run.yaml", file("run.yaml", "a: ["), ["'run.yaml' is not valid YAML"]),
@@ -165,7 +166,7 @@ CASES = [
     ("parser-without-tools", f"{TRAIN} --tool-call-parser hermes", PLAIN, ["has no tools", "Leave it out"]),
     (
         "parser-module",
-        f"train musique --datasets sample -m {{model}} {ONE_STEP} --tool-call-parser nowhere:parser",
+        f"train {MUSIQUE} {ONE_STEP} --tool-call-parser nowhere:parser",
         PLAIN,
         ["tool-call parser 'nowhere:parser' cannot be loaded", "No module named 'nowhere'"],
     ),
@@ -232,6 +233,12 @@ CASES = [
     ("no-dataset-file", f"{DATASET} rows.jsonl", PLAIN, ["rows.jsonl"]),
     ("empty-dataset", f"{DATASET} rows.jsonl", file("rows.jsonl", ""), ["rows.jsonl"]),
     ("broken-rows", f"{DATASET} rows.jsonl", file("rows.jsonl", '{"question": '), ["rows.jsonl"]),
+    (
+        "unknown-suffix",
+        f"{DATASET} rows.txt",
+        file("rows.txt", "1+1\t2"),
+        ["'rows.txt' has none of the suffixes", ".jsonl, .json, .parquet, .csv"],
+    ),
     ("no-question", f"{DATASET} rows.jsonl", rows({"ask": "1+1", "answer": "2"}), ["question", "ask"]),
     ("no-answer", f"{DATASET} rows.jsonl", rows({"question": "1+1", "solution": "2"}), ["answer", "solution"]),
     ("unknown-reward", f"{DATASET} rows.jsonl --reward exact", rows(*QUESTIONS), ["exact", "exact-match"]),
@@ -248,9 +255,25 @@ CASES = [
         PLAIN,
         ["longer than max_prompt_length 2", "--max-prompt-length"],
     ),
+    (
+        "embedding-model",
+        f"train musique --datasets sample -m {{model}} {ONE_STEP} --retriever semantic/me/mini-lm",
+        PLAIN,
+        ["the embedding model 'me/mini-lm' cannot be loaded", "--retriever semantic/MODEL"],
+    ),
     # evaluation
     ("evaluate-no-model", "evaluate arithmetic", PLAIN, ["no model was given"]),
     ("evaluate-no-attempts", "evaluate arithmetic -m {model} --samples 0", PLAIN, ["samples is 0", "at least 1"]),
+    (
+        "evaluate-texts-for-numbers",
+        "evaluate arithmetic -m {model} --samples many --temperature hot",
+        PLAIN,
+        [
+            "2 settings",
+            "--samples is 'many'; it must be a whole number",
+            "--temperature is 'hot'; it must be a number",
+        ],
+    ),
     (
         "evaluate-greedy-attempts",
         "evaluate arithmetic -m {model} --samples 4 --temperature 0",
@@ -265,7 +288,7 @@ CASES = [
     ),
     (
         "evaluate-parser",
-        "evaluate musique --datasets sample -m {model} --tool-call-parser nowhere.py:parser",
+        f"evaluate {MUSIQUE} --tool-call-parser nowhere.py:parser",
         PLAIN,
         ["tool-call parser 'nowhere.py:parser' cannot be loaded", "nowhere.py"],
     ),

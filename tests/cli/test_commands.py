@@ -12,7 +12,7 @@ from chat_server import ChatServer, completion
 from typer.main import get_command
 
 import rlvr
-from rlvr.cli import build_app
+from rlvr.cli import COMMANDS, build_app
 from rlvr.cli.environments import described_arguments
 from rlvr.cli.options import environment_flag
 from rlvr.plugins.manager import environment_options
@@ -52,6 +52,13 @@ def test_looking_around_loads_nothing_heavy(arguments):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     assert result.stdout.rstrip().endswith("HEAVY []")
+
+
+def test_the_summaries_of_the_commands_fit_on_their_lines(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    listed = command("--help").out.split("Commands:\n")[1].splitlines()[: len(COMMANDS)]
+    assert {line.split()[0] for line in listed} == set(COMMANDS)
+    assert all(line.endswith(".") and not line.endswith("...") for line in listed)
 
 
 def test_help_groups_the_options_and_shows_defaults(command):
@@ -171,7 +178,7 @@ def test_a_run_from_the_command_line_is_resumed_and_evaluated(command, model_fol
     kept = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
     done = command(*again)
     assert done.code == 2
-    assert "has done all of the run's 2 steps" in done.err
+    assert "has done all that the run was to do, 2 steps" in done.err
     other = command(*again, "--max-steps", 3, "--lora-r", 4, "-m", "other")
     assert other.code == 2
     assert "lora_r was 16 in the run that is to go on, and is 4" in other.err
@@ -237,7 +244,7 @@ def test_an_evaluation_of_training_examples_says_so(command, model_folder):
     line = ("evaluate", "dataset", "--datasets", "my.jsonl", "--eval-fraction", 0, "-m", model_folder)
     shown = command(*line, "--max-tokens", 4, "--max-prompt-length", 64)
     assert shown.code == 0, shown.err
-    assert "1 training examples × 1 attempts" in shown.out
+    assert "1 training example × 1 attempt ·" in shown.out
 
 
 def test_a_refusal_of_the_api_is_one_message(command, monkeypatch):

@@ -24,6 +24,7 @@ def test_export_and_lineage(command, run):
     assert exported.code == 0, exported.err
     assert "merged-16bit: 0.0" in exported.out
     assert "Everything is in run/exports/merged-16bit" in exported.out
+    assert "run/exports" not in exported.err  # said once
     for line in ("loading the trained policy from run/adapter", "writing merged-16bit", "loading the export back"):
         assert line in exported.err
     assert "the trained policy does not differ from its base on these texts" in exported.err

@@ -97,6 +97,7 @@ def test_help_and_refusals(run, command):
     more = ["--output", "answers.jsonl"] if command == "predict" else []
     code, _, err = run("hf", command, "--retreiver", "golden", *more)
     assert code == 2
+    assert err.startswith("predict: " if command == "predict" else "rlvr: ")
     assert "--retreiver" in err
     assert "Did you mean '--retriever'?" in err
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from exporting_runs import SMALL, environment
+from short_runs import SMALL, environment
 
 import rlvr
 from rlvr.testing.tiny import save_tiny

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from exporting_runs import environment
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
+from short_runs import environment
 from transformers import AutoModelForCausalLM
 
 import rlvr
@@ -234,27 +234,6 @@ def test_the_code_of_the_card_loads_the_export(trained, lively_model):
 # The Hub
 
 
-class Hub:
-    """Stands for `huggingface_hub.HfApi`."""
-
-    calls: list = []  # noqa: RUF012
-
-    def create_repo(self, repository, **options):
-        self.calls.append(("create", repository, options))
-        return f"https://hub/{repository}"
-
-    def upload_folder(self, *, repo_id, folder_path, commit_message):
-        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    monkeypatch.setattr(Hub, "calls", [])
-    monkeypatch.setenv("HF_TOKEN", "hf_x")
-    return Hub.calls
-
-
 @pytest.mark.both
 def test_it_is_pushed_on_request_only_and_after_the_comparison(trained, hub):
     run = trained()
@@ -263,7 +242,7 @@ def test_it_is_pushed_on_request_only_and_after_the_comparison(trained, hub):
         rlvr.export(run, output=run / "bad", backend=DropsAlpha(), push_to_hub="me/it")
     assert hub == []
     made = rlvr.export(run, "merged-16bit", push_to_hub="me/it", private=True)
-    assert made.url == "https://hub/me/it"
+    assert made.url == "https://huggingface.co/me/it"
     (created, uploaded) = hub
     assert created == ("create", "me/it", {"private": True, "exist_ok": True})
     assert uploaded[:2] == ("upload", "me/it")

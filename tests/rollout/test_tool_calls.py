@@ -101,7 +101,55 @@ def test_malformed_calls_are_errors_for_the_model_and_stay_in_the_text(parser, t
     assert all(call.error and not call.arguments for call in calls)
 
 
+SUB_AS = {
+    "hermes": '<tool_call>{"name": "sub", "arguments": {}}</tool_call>',
+    "llama3_json": '<|python_tag|>{"name": "sub", "parameters": {}}',
+    "mistral": "[TOOL_CALLS]sub[ARGS]{}",
+}
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+@pytest.mark.parametrize(("opening", "closing"), [("<think>", "</think>"), ("[THINK]", "[/THINK]")])
+def test_a_call_inside_a_thought_is_not_executed(parser, opening, closing):
+    call, parse = SUB_AS[parser], PARSERS[parser].parse
+    thought = f"{opening}I could {call} or {{not.{closing}"
+    assert parse(thought) == (thought, [])
+    assert parse(f"{thought}Done.") == (f"{thought}Done.", [])
+    assert parse(f"{thought}So: {call}") == (f"{thought}So:", [SUB])
+    unclosed = f"{opening}I could {call} or not."
+    assert parse(unclosed) == (unclosed, [])
+    opened_by_the_prompt = f"I could {call} or not.{closing}"
+    assert parse(opened_by_the_prompt) == (opened_by_the_prompt, [])
+    assert parse(opened_by_the_prompt + call) == (opened_by_the_prompt, [SUB])
+
+
+@pytest.mark.parametrize("said", ["<think>", "</think>", "</tool_call>", "<tool_call>", 'a "</tool_call>" \\ }'])
+@pytest.mark.parametrize("parser", PARSERS)
+def test_marks_inside_a_string_of_a_call_mean_nothing(parser, said):
+    call = SUB_AS[parser].replace("{}", json.dumps({"a": said}))
+    expected = ToolCall("sub", {"a": said})
+    assert PARSERS[parser].parse(call) == ("", [expected])
+    thought = f"<think>{call}</think>"
+    if said != "</think>":  # within a thought, it ends the thought
+        assert PARSERS[parser].parse(thought + call) == (thought, [expected])
+
+
+def test_several_thoughts_and_calls():
+    call = SUB_AS["hermes"]
+    text = f"<think>a {call}</think>b {call}c<think>d {call}</think>{call}</think>"
+    assert PARSERS["hermes"].parse(text) == (f"<think>a {call}</think>b c<think>d {call}</think></think>", [SUB, SUB])
+
+
+def test_a_call_that_cannot_be_read_ends_where_it_did():
+    broken = '<tool_call>{"name": "sub</tool_call>'
+    content, calls = PARSERS["hermes"].parse(f"{broken} {SUB_AS['hermes']}")
+    assert content == broken
+    assert "not valid JSON" in calls[0].error
+    assert calls[1:] == [SUB]
+
+
 PIECES = [
+    *("<think>", "</think>", "[THINK]", "[/THINK]"),
     *("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "add", ";", ","),
     *("{", "}", "[", "]", ":", '"', "\\", "\n", "-", "1e999", "\\ud800", "9" * 5000, "[" * 2000),
     *('"name"', '"arguments"', '"parameters"', '"id"', '{"name": "add", "arguments": {"a": 1}}'),

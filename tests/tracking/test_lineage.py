@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
+from short_runs import SMALL, environment
 
 import rlvr
 from rlvr.testing.tiny import save_tiny
@@ -13,34 +14,10 @@ from rlvr.tracking.lineage import base_record, changed_files, file_hashes
 from rlvr.tracking.run_folder import RunFolder
 
 BACKENDS = [pytest.param("hf", marks=pytest.mark.both), pytest.param("unsloth", marks=pytest.mark.unsloth)]
-SMALL = {
-    "max_prompt_length": 64,
-    "max_tokens": 4,
-    "num_generations": 4,
-    "prompts_per_step": 2,
-    "save_steps": 1,
-    "eval_samples": 2,
-    "learning_rate": 5e-3,
-    "lr_scheduler_type": "constant",
-    "report_to": "none",
-    "gradient_checkpointing": False,
-}
-
-
-def bytes_modulo_7(trajectory):
-    return float(sum(map(ord, trajectory.text)) % 7)
 
 
 @pytest.fixture(scope="module")
-def env():
-    rows = [{"question": f"{n}+1", "answer": str(n + 1)} for n in range(12)]
-    return rlvr.Environment(
-        name="bytes", train_dataset=rows[:9], eval_dataset=rows[9:], rubric=rlvr.Rubric(bytes_modulo_7)
-    )
-
-
-@pytest.fixture(scope="module")
-def resumed_runs(tmp_path_factory, env):
+def resumed_runs(tmp_path_factory):
     """`resumed_runs(backend)` → the folder of a run of two steps that went on to four. Not to be written to."""
     made = {}
 
@@ -48,8 +25,9 @@ def resumed_runs(tmp_path_factory, env):
         if backend not in made:
             model = save_tiny(tmp_path_factory.mktemp("models") / "tiny", initializer_range=0.2)
             made[backend] = folder = tmp_path_factory.mktemp("runs") / "run"
-            rlvr.train(env, model, backend, **SMALL, max_steps=2, output_dir=folder)
-            rlvr.train(env, resume_from_checkpoint="last", output_dir=folder, max_steps=4)
+            settings = {**SMALL, "lr_scheduler_type": "constant"}
+            rlvr.train(environment(), model, backend, **settings, max_steps=2, output_dir=folder)
+            rlvr.train(environment(), resume_from_checkpoint="last", output_dir=folder, max_steps=4)
         return made[backend]
 
     return run

@@ -4,11 +4,13 @@ import json
 
 import pytest
 from chat_server import ChatServer, completion
+from safetensors.torch import load_file, save_file
 
 import rlvr
 from rlvr.environments.base import Environment
 from rlvr.errors import ConfigError, InfrastructureError, RewardError, RunFolderError
 from rlvr.rewards.rubric import Rubric, WeightedReward
+from rlvr.tracking.adapter_hash import adapter_hash, hash_of
 
 pytestmark = pytest.mark.both
 
@@ -85,6 +87,7 @@ def test_a_crash_leaves_what_was_scored_and_it_is_not_played_again(model_folder,
 def test_a_row_is_the_full_record(model_folder, tmp_path):
     found = evaluate(model_folder, tmp_path / "a.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    weights = adapter_hash(rlvr.load_policy(str(model_folder), backend="hf", lora=None).model)
     for row, item in zip(rows, found.trajectories, strict=True):
         assert row == {
             "example": item.example,
@@ -97,6 +100,7 @@ def test_a_row_is_the_full_record(model_folder, tmp_path):
             "stop_reason": str(item.trajectory.stop_reason),
             "tokens": item.tokens,
             "failure": None,
+            "adapter": weights,
         }
     assert [(row["example"], row["attempt"]) for row in rows] == [(e, a) for e in range(5) for a in range(3)]
     settings = json.loads((tmp_path / "a.jsonl.settings.json").read_text())
@@ -139,6 +143,7 @@ def test_failed_infrastructure_is_tried_again_by_resuming(tmp_path):
     assert (asked, len(server.requests)) == (10, 14)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
     assert sorted((row["example"], row["attempt"]) for row in kept) == [(e, a) for e in range(5) for a in range(2)]
+    assert {row["adapter"] for row in kept} == {None}  # the server's weights are not known
     assert second.metrics["letters"] == 3.0
 
 
@@ -164,6 +169,31 @@ def test_other_settings_are_refused_by_name(model_folder, tmp_path):
     with pytest.raises(RunFolderError, match="examples was 2 and is 3"):
         evaluate(model_folder, path, limit=3, resume=True)
     assert path.read_bytes() == before
+
+
+def test_other_weights_under_the_same_name_are_refused(model_folder, tmp_path):
+    adapter, path = tmp_path / "adapter", tmp_path / "a.jsonl"
+    rlvr.load_backend("hf").save(rlvr.load_policy(str(model_folder), backend="hf"), adapter)
+    evaluate(model_folder, path, adapter=adapter, limit=2)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    before = hash_of(tensors)
+    rows = path.read_bytes()
+    assert {json.loads(line)["adapter"] for line in rows.splitlines()} == {before}
+
+    next(iter(tensors.values())).view(-1)[0] += 1e-3
+    save_file(tensors, file, metadata={"format": "pt"})
+    path.write_bytes(b"".join(rows.splitlines(keepends=True)[:4]))
+    says = (
+        f"other weights made the attempts in .*: their hash was {before}, and that of the policy is {hash_of(tensors)}"
+    )
+    with pytest.raises(RunFolderError, match=says):
+        evaluate(model_folder, path, adapter=adapter, limit=2, resume=True)
+    assert len(path.read_bytes().splitlines()) == 4
+
+    path.write_bytes(b"")  # nothing was made with the other weights
+    evaluate(model_folder, path, adapter=adapter, limit=2, resume=True)
+    assert len(path.read_bytes().splitlines()) == 6
 
 
 def test_what_cannot_be_resumed(model_folder, tmp_path):

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import wandb
+from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
 import rlvr
@@ -229,15 +230,25 @@ def test_several_processes_are_given_the_name_of_their_run(monkeypatch):
 
 
 @pytest.mark.parametrize("main", [True, False])
-def test_the_main_process_pushes(environment, policy, tmp_path, monkeypatch, main):
-    pushed = []
-    monkeypatch.setattr("huggingface_hub.get_token", lambda: "token")
-    for part in (policy.model, policy.tokenizer):
-        monkeypatch.setattr(part, "push_to_hub", pushed.append, raising=False)
+def test_the_main_process_pushes_what_was_saved_with_a_model_card(
+    environment, policy, tmp_path, monkeypatch, hub, main
+):
     monkeypatch.setattr(EnhancedGRPOTrainer, "is_world_process_zero", lambda self: main, raising=False)
     options = {**SMALL, "max_steps": 1, "eval_samples": 0, "push_to_hub": True, "run_name": "mine"}
-    rlvr.train(environment, policy, "hf", **options, output_dir=tmp_path / "run")
-    assert pushed == (["mine", "mine"] if main else [])
+    run = rlvr.train(environment, policy, "hf", **options, output_dir=tmp_path / "run")
+    if not main:
+        assert hub == []
+        return
+    created, uploaded = hub
+    assert created == ("create", "mine", {"private": None, "exist_ok": True})
+    assert uploaded[:2] == ("upload", "me/mine")
+    assert {"README.md", "adapter_model.safetensors", "tokenizer.json"} <= set(uploaded[2])
+    card = ModelCard.load(run.folder / "adapter" / "README.md")
+    assert card.data.library_name == "peft"
+    for words in ("for 1 optimizer step,", "environment `bytes`", run.summary["adapter"]):
+        assert words in card.text
+    assert "Comparison" not in card.text
+    assert rlvr.lineage(run.folder).ok
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlvr.cli.options import (
+    EnvironmentName,
+    add_environment_command,
+    environment_arguments,
+    given,
+    settings_fields,
+)
+
 if TYPE_CHECKING:
     from rlvr.comparison import Comparison
 
@@ -18,17 +26,13 @@ _OWN = {  # options of a run that a comparison sets for each backend
 
 
 def register(app: typer.Typer) -> None:
-    from rlvr.cli.options import EnvironmentCommand, settings_fields, settings_parameters, with_parameters
-
     names = [definition.name for definition in settings_fields() if definition.name not in _OWN]
-    app.command("compare", cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
-        with_parameters(compare, settings_parameters(names))
-    )
+    add_environment_command(app, compare, settings=names, short_help="Train with several backends, and compare.")
 
 
 def compare(
     ctx: typer.Context,
-    env: Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")],
+    env: EnvironmentName,
     backends: Annotated[str, typer.Option("--backends", help="names with commas between; the first is the yardstick")],
     model: Annotated[str, typer.Option("--model", "-m", help="model id on the Hub, or a local folder")],
     steps: Annotated[int, typer.Option("--steps", help="optimizer steps of each run")] = 10,
@@ -44,7 +48,6 @@ def compare(
     """Train with several backends, each in its own process, and compare rewards, time, memory and the first step."""
     import json
 
-    from rlvr.cli.options import environment_arguments, given
     from rlvr.comparison import compare as run_comparison
     from rlvr.comparison.plot import INSTALL, can_plot, plot
 

@@ -10,6 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rlvr.cli.options import (
+    AdapterFolder,
+    EnvironmentName,
+    add_environment_command,
+    environment_arguments,
+    given,
+    set_up_output,
+)
+from rlvr.config import EVALUATION_SETTINGS
+from rlvr.wording import counted
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -20,21 +31,13 @@ _API = {"rich_help_panel": "A model behind an API"}
 
 
 def register(app: typer.Typer) -> None:
-    from rlvr.cli.options import EnvironmentCommand, settings_parameters, with_parameters
-    from rlvr.config import EVALUATION_SETTINGS
-
-    app.command("evaluate", cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
-        with_parameters(evaluate, settings_parameters(EVALUATION_SETTINGS))
-    )
+    add_environment_command(app, evaluate, settings=EVALUATION_SETTINGS)
 
 
 def evaluate(
     ctx: typer.Context,
-    env: Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")],
-    adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", help="folder of a saved adapter, or of a run"),
-    ] = None,
+    env: EnvironmentName,
+    adapter: AdapterFolder = None,
     samples: Annotated[int, typer.Option("--samples", help="attempts at each example, N")] = 1,
     limit: Annotated[int | None, typer.Option("--limit", help="examples, from the first; by default all")] = None,
     temperature: Annotated[
@@ -76,8 +79,6 @@ def evaluate(
     An attempt passes if the environment's first reward function gives it 1. Behind each number are the bounds of its
     95% confidence interval over examples.
     """
-    from rlvr.cli.options import environment_arguments, given, set_up_output
-
     env_options = environment_arguments(env, ctx.args)
     set_up_output()
     from rlvr.trainers.evaluate import evaluate as run_evaluation
@@ -110,7 +111,7 @@ def evaluate(
         print_evaluation(found)
 
 
-_SPLITS = {"eval": "held-out examples", "train": "training examples"}
+_SPLITS = {"eval": "held-out example", "train": "training example"}
 
 
 def print_evaluation(found: Evaluation) -> None:
@@ -121,11 +122,11 @@ def print_evaluation(found: Evaluation) -> None:
     console.print(metrics_table({"all": found.metrics, **found.groups}, intervals))
     reasons = ", ".join(f"{reason} {share:.0%}" for reason, share in found.stop_reasons.items())
     console.print(
-        f"{found.examples} {_SPLITS[found.split]} × {found.samples} attempts · {found.tokens} tokens · "
-        f"stopped by: {reasons}"
+        f"{counted(found.examples, _SPLITS[found.split])} × {counted(found.samples, 'attempt')} · "
+        f"{counted(found.tokens, 'token')} · stopped by: {reasons}"
     )
     if found.excluded:
-        console.print(f"{found.excluded} attempts are not counted: infrastructure failed.")
+        console.print(f"Not counted, since infrastructure failed: {counted(found.excluded, 'attempt')}.")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ _DIGITS = 12  # of a hash, in the table
 
 
 def register(app: typer.Typer) -> None:
-    app.command("lineage")(lineage)
+    app.command("lineage", short_help="Show which weights of a run came from which.")(lineage)
 
 
 def lineage(
@@ -56,7 +56,7 @@ def print_lineage(found: Lineage) -> None:
     console.print(table)
     console.print("rollouts, evaluated: trajectories that these weights sampled · their mean reward", soft_wrap=True)
     if found.unattributed:
-        console.print(f"{found.unattributed} trajectories carry no hash of the weights that sampled them.")
+        console.print(f"Trajectories without a hash of the weights that sampled them: {found.unattributed}.")
 
 
 def _cells(link: Link) -> list[str]:

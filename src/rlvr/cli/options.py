@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import Field, fields
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -27,10 +29,12 @@ COMMAND_OPTIONS = frozenset(  # of the commands on environments themselves, besi
 )
 
 
+EnvironmentName = Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")]
+AdapterFolder = Annotated[Path | None, typer.Option("--adapter", help="folder of a saved adapter, or of a run")]
+
+
 class EnvironmentCommand(TyperCommand):
     """A command on an environment, which has options of its own. `ENV --help` lists these too."""
-
-    CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True}  # noqa: RUF012
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         self._environment = args[0] if args and not args[0].startswith("-") else None
@@ -54,6 +58,29 @@ class EnvironmentCommand(TyperCommand):
             from rlvr.cli.environments import option_rows, write_options
 
             write_options(formatter, self._environment, option_rows(self._environment))
+
+
+def add_environment_command(
+    app: typer.Typer,
+    function: Callable[..., None],
+    *,
+    settings: Iterable[str] | None = None,
+    short_help: str | None = None,
+) -> None:
+    """Adds a command on an environment, under the function's name.
+
+    Args:
+        function: its `**keywords` are the settings.
+        settings: the names of those that the command has; None for all.
+        short_help: its line in `rlvr --help`; by default the first of its docstring.
+    """
+    command = app.command(
+        function.__name__,
+        cls=EnvironmentCommand,
+        context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        short_help=short_help,
+    )
+    command(with_parameters(function, settings_parameters(settings)))
 
 
 def environment_arguments(environment: str | None, arguments: Sequence[str]) -> dict[str, Any]:
@@ -122,20 +149,53 @@ def keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def with_parameters(function: Callable[..., None], parameters: Sequence[inspect.Parameter]) -> Callable[..., None]:
-    """The function with its `**keywords` spelled out, as typer reads them."""
+    """The function with its `**keywords` spelled out, as typer reads them.
 
-    @functools.wraps(function)
-    def spelled_out(*args: Any, **keywords: Any) -> None:
-        function(*args, **keywords)
-
+    typer reads numbers as text, and they become numbers here: its own message leaves out what was given.
+    """
     own = [
         parameter
         for parameter in inspect.signature(function, eval_str=True).parameters.values()
         if parameter.kind is not inspect.Parameter.VAR_KEYWORD
     ]
-    spelled_out.__signature__ = inspect.Signature([*own, *parameters])  # type: ignore[attr-defined]
-    spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *parameters)}
+    numbers = {p.name: kind for p in (*own, *parameters) if (kind := _number_type(p.annotation)) is not None}
+
+    @functools.wraps(function)
+    def spelled_out(*args: Any, **keywords: Any) -> None:
+        function(*args, **{**keywords, **_as_numbers({name: keywords[name] for name in numbers}, numbers)})
+
+    shown = [_as_text(p, numbers[p.name]) if p.name in numbers else p for p in (*own, *parameters)]
+    spelled_out.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    spelled_out.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
     return spelled_out
+
+
+def _number_type(annotation: Any) -> Any:
+    """int or float, for `Annotated[int, ...]` and `Annotated[int | None, ...]` and the like; else None."""
+    if get_origin(annotation) is not Annotated:
+        return None
+    kind = get_args(annotation)[0]
+    return next((number for number in (int, float) if kind in (number, number | None)), None)
+
+
+def _as_text(parameter: inspect.Parameter, kind: Any) -> inspect.Parameter:
+    option = copy.copy(get_args(parameter.annotation)[1])
+    option.metavar = option.metavar or f"<{kind.__name__}>"
+    default = None if parameter.default is None else str(parameter.default)
+    return parameter.replace(annotation=Annotated[str | None, option], default=default)
+
+
+def _as_numbers(texts: Mapping[str, str | None], kinds: Mapping[str, Any]) -> dict[str, Any]:
+    problems, numbers = [], dict[str, Any](texts)
+    for name, text in texts.items():
+        if text is not None:
+            try:
+                numbers[name] = _as_type(text, kinds[name])
+            except ValueError as error:
+                problems.append(f"option {flag_of(name)} is {text!r}; {error}.")
+    if problems:
+        raise ConfigError(problems)
+    return numbers
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

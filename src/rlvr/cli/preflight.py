@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from rlvr.cli.options import (
+    AdapterFolder,
+    EnvironmentName,
+    add_environment_command,
+    environment_arguments,
+    given,
+    set_up_output,
+)
+from rlvr.config import PREFLIGHT_SETTINGS
 
 if TYPE_CHECKING:
     from rlvr.trainers.preflight import Preflight
@@ -16,21 +25,14 @@ _STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 
 
 def register(app: typer.Typer) -> None:
-    from rlvr.cli.options import EnvironmentCommand, settings_parameters, with_parameters
-    from rlvr.config import PREFLIGHT_SETTINGS
-
-    app.command("preflight", cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
-        with_parameters(preflight, settings_parameters(PREFLIGHT_SETTINGS))
-    )
+    short_help = "Look, before a run, at what it would learn from."
+    add_environment_command(app, preflight, settings=PREFLIGHT_SETTINGS, short_help=short_help)
 
 
 def preflight(
     ctx: typer.Context,
-    env: Annotated[str, typer.Argument(metavar="ENV", help="as 'rlvr environments' lists it")],
-    adapter: Annotated[
-        Path | None,
-        typer.Option("--adapter", help="folder of a saved adapter, or of a run"),
-    ] = None,
+    env: EnvironmentName,
+    adapter: AdapterFolder = None,
     prompts: Annotated[int, typer.Option("--prompts", help="training prompts to sample groups of, K")] = 10,
     as_json: Annotated[bool, typer.Option("--json", help="print findings and numbers as JSON")] = False,
     **options: Any,
@@ -40,7 +42,6 @@ def preflight(
     Each line is ok, a warning or a problem. The exit code is 1 if there is a problem, else 0.
     """
     from rlvr.cli.evaluate import progress_bar
-    from rlvr.cli.options import environment_arguments, given, set_up_output
 
     env_options = environment_arguments(env, ctx.args)
     set_up_output()

@@ -7,22 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from rlvr.cli.options import (
-    EnvironmentCommand,
-    environment_arguments,
-    given,
-    set_up_output,
-    settings_parameters,
-    with_parameters,
-)
+from rlvr.cli.options import add_environment_command, environment_arguments, given, set_up_output
 from rlvr.config import TrainSettings, processes, read_config
 from rlvr.trainers.run import resolve_settings, train_with
+from rlvr.wording import counted
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train", cls=EnvironmentCommand, context_settings=EnvironmentCommand.CONTEXT)(
-        with_parameters(train, settings_parameters())
-    )
+    add_environment_command(app, train)
 
 
 def train(
@@ -105,7 +97,7 @@ def print_run(run: Any) -> None:
     if after:
         console.print(metrics_table({"before": before, "after": after}))
     console.print(
-        f"{run.summary['steps']} steps in {run.summary['seconds']:.0f} s · backend {run.summary['backend']} · "
-        f"rollouts by {run.summary['rollout_engine']}"
+        f"{counted(run.summary['steps'], 'step')} in {run.summary['seconds']:.0f} s · "
+        f"backend {run.summary['backend']} · rollouts by {run.summary['rollout_engine']}"
     )
     console.print(f"Everything is in {run.folder}", soft_wrap=True)

@@ -24,7 +24,8 @@ def load_rows(spec: str, *, split: str = "train", on_bad_line: Callable[[str], N
             default such a line is an error.
 
     Raises:
-        DataError: a dataset cannot be loaded or has no rows, or a part of a local file is asked for.
+        DataError: a dataset cannot be loaded or has no rows, a local file has another suffix, or a part of one is
+            asked for.
     """
     rows: list[Row] = []
     parts = [part.strip() for part in spec.split(";") if part.strip()]
@@ -37,6 +38,11 @@ def load_rows(spec: str, *, split: str = "train", on_bad_line: Callable[[str], N
             raise DataError(
                 f"the dataset {part!r} is a local file, which has no name and no split: all its rows are taken. "
                 f"Write {path!r}, and keep the rows of a split in a file of their own."
+            )
+        if reader is None and Path(path).expanduser().is_file():
+            raise DataError(
+                f"the file {path!r} has none of the suffixes that are read here: {', '.join(_READERS)}. Rename it, or "
+                "write its rows in one of these formats."
             )
         found = _read_file(reader, path, on_bad_line) if reader else _load_dataset(path, name, named_split or split)
         if not found:

@@ -1,4 +1,4 @@
-"""The model card of an export: what was trained, on what, by which versions, and how it compares."""
+"""The model card: what was trained, on what, by which versions, and how an export compares with it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from rlvr.exporting.parity import Parity
 from rlvr.exporting.source import Source
 from rlvr.exporting.writers import GGUF_FILE
 from rlvr.secrets import without_secrets
+from rlvr.wording import counted
 
 _PACKAGES = ("rlvr", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
 _SETTINGS = (ROLLOUTS, TRAINING, MEMORY)  # groups of `TrainSettings`; LoRA is stated as the backend applied it
@@ -40,8 +41,12 @@ tokenizer = AutoTokenizer.from_pretrained("{here}", gguf_file="{file}")
 _HERE = "PATH_OR_REPOSITORY"
 
 
-def model_card(source: Source, export_format: ExportFormat, parity: Parity) -> str:
-    """A README.md with front matter as the Hub reads it. It holds no secret, and no path of this machine."""
+def model_card(source: Source, export_format: ExportFormat, parity: Parity | None) -> str:
+    """A README.md with front matter as the Hub reads it. It holds no secret, and no path of this machine.
+
+    Args:
+        parity: how the export compares; None where the run's own files are described.
+    """
     config = without_secrets(source.config)
     base, env = _portable(source.settings.model), str(config["env"])
     kind = "LoRA adapter" if source.is_adapter else "fully fine-tuned model"
@@ -50,11 +55,12 @@ def model_card(source: Source, export_format: ExportFormat, parity: Parity) -> s
         f"---\n{_front_matter(source, export_format)}\n---",
         f"# {Path(base).name}, trained on {env}",
         f"A {kind} of `{base}`{merged} trained with reinforcement learning from verifiable rewards (GRPO) on the "
-        f"environment `{env}`, for {source.step} optimizer steps, with rlvr's backend `{config['backend']}`.",
+        f"environment `{env}`, for {counted(source.step, 'optimizer step')}, with rlvr's backend "
+        f"`{config['backend']}`.",
         f"## Load\n\n```python\n{_loading(source, export_format, base)}```",
         f"## Environment\n\n{_yaml({'env': env, 'env_options': _portable(config['env_options'])})}",
         f"## Evaluation\n\n{_evaluation(source)}",
-        f"## Comparison with the trained policy\n\n{_comparison(export_format, parity)}",
+        *([f"## Comparison with the trained policy\n\n{_comparison(export_format, parity)}"] if parity else []),
         f"## Settings\n\n{_yaml({**_settings(config), 'lora': source.run.policy()['lora']})}",
         f"## Versions\n\n{_versions(source.run.versions())}",
         f"## Lineage\n\n{_lineage(source, base)}",
@@ -120,7 +126,8 @@ def _lineage(source: Source, base: str) -> str:
     revision = source.settings.revision
     lines = [
         f"- base model: `{base}`" + (f", revision `{revision}`" if revision else ""),
-        f"- weights: `{source.adapter or 'not recorded'}`, after {source.step} steps (`{source.name}` of the run)",
+        f"- weights: `{source.adapter or 'not recorded'}`, after {counted(source.step, 'step')} (`{source.name}` of "
+        "the run)",
         f"- run: `{source.config['run_name']}`, seed {source.config['seed']}",
     ]
     return "\n".join(lines)

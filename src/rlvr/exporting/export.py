@@ -18,7 +18,7 @@ from rlvr.errors import ConfigError, ExportError, RunFolderError
 from rlvr.exporting.parity import Expected, Parity, compare, logprobs, tolerance
 from rlvr.exporting.source import Source, find_source
 from rlvr.exporting.writers import Writer, choose_writer
-from rlvr.tracking.hub import check_push
+from rlvr.tracking.hub import check_push, push
 from rlvr.tracking.lineage import write_record
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def export(
         parity = _written_and_compared(source, loaded_backend, writer, format, staging)
         _describe(source, format, parity, staging)
     source.run.add_export(_row(source, format, folder))
-    logger.info("the export is in %s", folder)
-    url = _push(folder, push_to_hub, private=private) if push_to_hub is not None else None
+    url = push(folder, push_to_hub, private=private) if push_to_hub is not None else None
     return Export(folder=folder, format=format, adapter=source.adapter, parity=parity, url=url)
 
 
@@ -239,16 +238,3 @@ def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-# The Hub
-
-
-def _push(folder: Path, repository: str, *, private: bool) -> str:
-    from huggingface_hub import HfApi
-
-    logger.info("uploading to %s", repository)
-    api = HfApi()
-    url = api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=repository, folder_path=folder, commit_message=f"Upload {folder.name}")
-    return str(url)

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 from rlvr.errors import EndpointError, InfrastructureError
 from rlvr.rollout.tool_calls import structured_call
 from rlvr.types import ToolCall
+from rlvr.wording import counted
 
 if TYPE_CHECKING:
     import httpx
@@ -122,8 +123,9 @@ class ChatClient:
             if trial == self.endpoint.retries or wait_s > self.endpoint.timeout_s:
                 break
             await asyncio.sleep(wait_s)
-        trials = f"{trial + 1} trial{'s' if trial else ''}"
-        raise InfrastructureError(f"{self.endpoint.url} gave no answer in {trials}; the last: {outcome.text}")
+        raise InfrastructureError(
+            f"{self.endpoint.url} gave no answer in {counted(trial + 1, 'trial')}; the last: {outcome.text}"
+        )
 
     async def close(self) -> None:
         await self._http.aclose()

@@ -4,7 +4,8 @@
     attempts.jsonl.settings.json   what the attempts were made with
 
 A row has `example` (index), `attempt` (from 0), `prompt`, `completion` (messages), `rewards`, `reward`, `passed`,
-`stop_reason`, `tokens` (of the completion) and `failure`. Rows are in the order in which attempts ended.
+`stop_reason`, `tokens` (of the completion), `failure` and `adapter`, the hash of the weights that sampled it (None
+through an API). Rows are in the order in which attempts ended.
 """
 
 from __future__ import annotations
@@ -71,8 +72,21 @@ class AttemptFile:
         self._check_settings()
         return [_attempt(record, rows) for record in self._records() if record["passed"] is not None]
 
-    def begin(self, done: Sequence[ScoredTrajectory]) -> None:
-        """Writes the settings, and the file with the attempts that stay in it."""
+    def begin(self, done: Sequence[ScoredTrajectory], *, adapter: str | None = None) -> None:
+        """Writes the settings, and the file with the attempts that stay in it.
+
+        Args:
+            adapter: the hash of the policy's weights, None where it is not known.
+
+        Raises:
+            RunFolderError: other weights made the attempts, or nothing can be written.
+        """
+        others = [item.adapter for item in done if item.adapter != adapter]
+        if others:
+            raise RunFolderError(
+                f"other weights made the attempts in {str(self.path)!r}: their hash was {others[0]}, and that of the "
+                f"policy is {adapter}. Bring the weights back, or choose another --output."
+            )
         _replace(self.settings_path, json.dumps(self._settings, indent=2, ensure_ascii=False).encode() + b"\n")
         _replace(self.path, b"".join(map(_line, done)))
 
@@ -133,6 +147,7 @@ def _line(item: ScoredTrajectory) -> bytes:
         "stop_reason": str(trajectory.stop_reason),
         "tokens": item.tokens,
         "failure": trajectory.failure,
+        "adapter": item.adapter,
     }
     return json_bytes(record) + b"\n"
 
@@ -145,7 +160,9 @@ def _attempt(record: Mapping[str, Any], rows: Sequence[Example]) -> ScoredTrajec
         turns=_turns(record["completion"]),
         stop_reason=StopReason(record["stop_reason"]),
     )
-    values = {name: record[name] for name in ("example", "attempt", "rewards", "reward", "passed", "tokens")}
+    values = {
+        name: record[name] for name in ("example", "attempt", "rewards", "reward", "passed", "tokens", "adapter")
+    }
     return ScoredTrajectory(trajectory=trajectory, **values)
 
 

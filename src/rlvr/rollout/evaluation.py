@@ -38,6 +38,7 @@ class ScoredTrajectory:
     reward: float | None
     passed: bool | None
     tokens: int  # of the completion
+    adapter: str | None = None  # hash of the weights that sampled it (`rlvr.tracking.adapter_hash`), where known
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +145,7 @@ def evaluate_policy(
     samples: int = 1,
     limit: int | None = None,
     only: Sequence[int] | None = None,
+    adapter: str | None = None,
     done: Iterable[ScoredTrajectory] = (),
     keep: Callable[[ScoredTrajectory], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
@@ -156,6 +158,7 @@ def evaluate_policy(
         samples: N, attempts at each example.
         limit: examples to play, from the first; None for all.
         only: indices of the examples to play, among those; None for all.
+        adapter: the hash of the policy's weights, None where it is not known.
         done: attempts made earlier, which are not made again.
         keep: takes each attempt when it is scored.
         on_progress: called with (attempts there are, all).
@@ -176,7 +179,9 @@ def evaluate_policy(
     with closing(player.play(environment, examples, wanted)) as finished:
         for played in finished:
             example, attempt = attempts[played.index]
-            item = score(environment, example, played.trajectory, tokens=played.tokens, attempt=attempt)
+            item = score(
+                environment, example, played.trajectory, tokens=played.tokens, attempt=attempt, adapter=adapter
+            )
             scored[example, attempt] = item
             if keep is not None:
                 keep(item)
@@ -195,7 +200,13 @@ def evaluation_rows(environment: Environment, limit: int | None) -> list[Example
 
 
 def score(
-    environment: Environment, example: int, trajectory: Trajectory, *, tokens: int, attempt: int = 0
+    environment: Environment,
+    example: int,
+    trajectory: Trajectory,
+    *,
+    tokens: int,
+    attempt: int = 0,
+    adapter: str | None = None,
 ) -> ScoredTrajectory:
     rubric = environment.rubric
     rewards: dict[str, float | None] = dict.fromkeys(rubric.names)
@@ -213,6 +224,7 @@ def score(
         reward=reward,
         passed=passed,
         tokens=tokens,
+        adapter=adapter,
     )
 
 

@@ -1,4 +1,7 @@
-"""Reads tool calls out of what a policy said. A format is a parser, not the exact text of a template."""
+"""Reads tool calls out of what a policy said. A format is a parser, not the exact text of a template.
+
+A call inside a thought, `<think>…</think>` or `[THINK]…[/THINK]`, is none: it stays in the text, and is not executed.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +40,28 @@ class ToolCallParser(Protocol):
 class HermesParser:
     """`<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, as Hermes and Qwen write it."""
 
-    _call = re.compile(r"<tool_call>(.*?)(?:</tool_call>|(?=<tool_call>)|$)", re.DOTALL)
+    tag = "<tool_call>"
+    _end = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        calls = []
-
-        def read(match: re.Match[str]) -> str:
-            call = _read_json(match[1], arguments="arguments")
-            calls.append(call)
-            return match[0] if call.error else ""
-
-        content = self._call.sub(read, text)
+        content, calls = "", []
+        for thought, said in _split_thoughts(text):
+            content += thought
+            position = 0
+            while (start := said.find(self.tag, position)) >= 0:
+                content += said[position:start]
+                call, position = self._call_at(said, start + len(self.tag))
+                calls.append(call)
+                content += said[start:position] if call.error else ""
+            content += said[position:]
         return content.strip(), calls
+
+    def _call_at(self, text: str, start: int) -> tuple[ToolCall, int]:
+        """The call whose JSON begins at `start`, and where it ends, for which tags inside its strings mean nothing."""
+        length = _json_length(text[start:])
+        end = self._end.match(text, start + length) or self._end.search(text, start)
+        assert end is not None  # the end of the text is one
+        return _read_json(text[start : end.start()], arguments="arguments"), end.end()
 
 
 class Llama3JsonParser:
@@ -57,14 +70,15 @@ class Llama3JsonParser:
     tag = "<|python_tag|>"
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        content, tag, body = text.rpartition(self.tag)
+        thoughts, said = _thoughts_first(text)
+        content, tag, body = said.rpartition(self.tag)
         if not tag:
-            content, body = "", text
+            content, body = "", said
             if not (body.lstrip().startswith("{") and '"name"' in body):
                 return text.strip(), []
         calls = [_call_from(value, arguments="parameters") for value in _json_values(body.strip(), between=";")]
         failed = any(call.error for call in calls)
-        return (text if failed else content).strip(), calls
+        return (text if failed else thoughts + content).strip(), calls
 
 
 class MistralParser:
@@ -74,7 +88,8 @@ class MistralParser:
     _named = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        content, *bodies = text.split(self.tag)
+        thoughts, said = _thoughts_first(text)
+        content, *bodies = said.split(self.tag)
         calls: list[ToolCall] = []
         for body in bodies:
             named = self._named.fullmatch(body)
@@ -88,7 +103,7 @@ class MistralParser:
             listed = values[0] if len(values) == 1 and isinstance(values[0], list) else values
             calls += [_call_from(value, arguments="arguments") for value in listed]
         failed = any(call.error for call in calls)
-        return (text if failed else content).strip(), calls
+        return (text if failed else thoughts + content).strip(), calls
 
 
 PARSERS: dict[str, ToolCallParser] = {
@@ -212,6 +227,40 @@ def structured_call(part: Any) -> ToolCall:
     return dataclasses.replace(call, call_id=call_id if isinstance(call_id, str) and call_id else None)
 
 
+_CLOSED_BY = {"<think>": "</think>", "[THINK]": "[/THINK]"}
+_THOUGHT_OR_JSON = re.compile("|".join(map(re.escape, [*_CLOSED_BY, *_CLOSED_BY.values(), "{"])))
+
+
+def _split_thoughts(text: str) -> list[tuple[str, str]]:
+    """A turn as pairs of a thought and what is said after it; either may be empty.
+
+    A thought that is not closed lasts to the end, and one that is not opened, which the prompt does, begins at the
+    start. In a string of a JSON object these marks mean nothing.
+    """
+    pairs: list[tuple[str, str]] = []
+    if not any(mark in text for both in _CLOSED_BY.items() for mark in both):
+        return [("", text)]
+    start = said = position = 0  # of the last thought, of what is said after it, of what is not looked at yet
+    while mark := _THOUGHT_OR_JSON.search(text, position):
+        position = mark.end()
+        if mark[0] == "{":
+            position = max(position, mark.start() + _json_length(text[mark.start() :]))
+        elif mark[0] in _CLOSED_BY:
+            pairs.append((text[start:said], text[said : mark.start()]))
+            inside, closing, _ = text[position:].partition(_CLOSED_BY[mark[0]])
+            start, said = mark.start(), position + len(inside + closing)
+            position = said
+        elif not pairs:
+            said = position
+    return [*pairs, (text[start:said], text[said:])]
+
+
+def _thoughts_first(text: str) -> tuple[str, str]:
+    """A turn up to the end of its last thought, and what is said after that."""
+    said = _split_thoughts(text)[-1][1]
+    return text[: len(text) - len(said)], said
+
+
 def _read_json(text: str, *, arguments: str) -> ToolCall:
     values = _json_values(text.strip(), between="")
     return _call_from(
@@ -233,6 +282,16 @@ def _json_values(text: str, *, between: str) -> list[Any]:
         if rest and between and rest.startswith(between):
             rest = rest[len(between) :].strip()
     return values
+
+
+def _json_length(text: str) -> int:
+    """The characters of the JSON value that a text begins with, spaces around it included; 0 where it is none."""
+    value = text.lstrip()
+    try:
+        rest = value[_decode(value)[1] :]
+    except (ValueError, RecursionError):
+        return 0
+    return len(text) - len(rest.lstrip())
 
 
 def _decode(text: str) -> tuple[Any, int]:

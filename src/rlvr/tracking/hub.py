@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from rlvr.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 
 def check_push(repository: str, *, option: str) -> None:
@@ -25,3 +30,19 @@ def check_push(repository: str, *, option: str) -> None:
         raise ConfigError(f"{option} is {repository!r}; it must be a repository such as me/my-model.") from error
     if get_token() is None:
         raise ConfigError("push_to_hub is on, and no Hugging Face token was found. Log in with 'hf auth login'.")
+
+
+def push(folder: Path, repository: str, *, private: bool | None = None) -> str:
+    """Uploads a folder, and gives the address of the repository.
+
+    Args:
+        repository: one of the user's own where it names no owner.
+        private: whether it is private, if it has to be made; None as the owner's settings have it.
+    """
+    from huggingface_hub import HfApi
+
+    logger.info("uploading to %s", repository)
+    api = HfApi()
+    url = api.create_repo(repository, private=private, exist_ok=True)
+    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    return str(url)

@@ -14,6 +14,7 @@ from rlvr.errors import InfrastructureError
 from rlvr.rollout.attempts import AttemptFile
 from rlvr.rollout.evaluation import Evaluation, Player, evaluate_policy, evaluation_rows
 from rlvr.rollout.tool_calls import asked_parser
+from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.trainers.api_options import API_SETTINGS, ApiOptions
 from rlvr.trainers.players import (
     BATCH_SIZE,
@@ -63,7 +64,7 @@ def evaluate(
         batch_size: rollouts that are played at the same time; None for 64.
         env_options: the environment's own options, where `env` is a name.
         output: a JSONL file that every attempt is written to when it is scored (see `rlvr.rollout.attempts`).
-        resume: go on with `output`, where it exists and was made with the same options.
+        resume: go on with `output`, where it exists and was made with the same options and weights.
         api_base_url: of an OpenAI-compatible server, for example http://localhost:8000/v1. Its chat completions are
             the policy then. `top_p`, `top_k`, `min_p`, `repetition_penalty` and `seed` are sent where they are given.
         api_key_env: the environment variable that holds its key; None for OPENAI_API_KEY, where that is set.
@@ -111,11 +112,12 @@ def evaluate(
         made_with = {**{name: getattr(chosen, name) for name in names}, **made_with}
         done = file.done(environment, evaluation_rows(environment, limit), made_with)
     player: Player
-    fitting = None  # a server counts its own tokens
+    fitting = weights = None  # a server counts its own tokens, and keeps its weights to itself
     if loader is None:
         player = api.player(chosen, temperature, seed=chosen.seed if "seed" in settings else None)
     else:
         policy = model if isinstance(model, LoadedPolicy) else load_for_inference(chosen, loader, folder)
+        weights = adapter_hash(policy.model)
         loader.for_inference(policy)
         fitting = fitting_examples(
             environment,
@@ -132,13 +134,14 @@ def evaluate(
             batch_size=batch_size or BATCH_SIZE,
         )
     if file is not None:
-        file.begin(done)
+        file.begin(done, adapter=weights)
     found = evaluate_policy(
         environment,
         player,
         samples=samples,
         limit=limit,
         only=fitting,
+        adapter=weights,
         done=done,
         keep=file.add if file is not None else None,
         on_progress=on_progress,

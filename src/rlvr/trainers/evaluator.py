@@ -53,13 +53,16 @@ class Evaluator:
         """None where there is nothing held out, or `eval_samples` is 0."""
         if self._examples is None:
             return None
+        adapter = adapter_hash(self.policy.model)
         self.backend.for_inference(self.policy)
         try:
             player = local_player(self.environment, self.policy, self.settings, temperature=0.0, parser=self.parser)
-            found = evaluate_policy(self.environment, player, limit=self.settings.eval_samples, only=self._examples)
+            found = evaluate_policy(
+                self.environment, player, limit=self.settings.eval_samples, only=self._examples, adapter=adapter
+            )
         finally:
             self.backend.for_training(self.policy)
-        self.keep(records(found.trajectories, step=step, adapter=adapter_hash(self.policy.model)))
+        self.keep(records(found.trajectories, step=step))
         by_group = {"evaluation_by_group": found.groups} if found.groups else {}
         self.add_row({"step": step, "evaluation": found.metrics, **by_group})
         return found
@@ -83,7 +86,7 @@ class Evaluator:
         return Evaluations()
 
 
-def records(trajectories: Sequence[ScoredTrajectory], *, step: int, adapter: str | None) -> list[TrajectoryRecord]:
+def records(trajectories: Sequence[ScoredTrajectory], *, step: int) -> list[TrajectoryRecord]:
     """Evaluated trajectories as a run keeps them; the group is the number of the example."""
     return [
         TrajectoryRecord(
@@ -96,7 +99,7 @@ def records(trajectories: Sequence[ScoredTrajectory], *, step: int, adapter: str
             reward=item.reward,
             advantage=None,
             stop_reason=str(item.trajectory.stop_reason),
-            adapter=adapter,
+            adapter=item.adapter,
         )
         for item in trajectories
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from rlvr.config import LORA, TrainSettings
 from rlvr.errors import ConfigError, RunFolderError
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.wording import counted
 
 _OF_THE_ADAPTER = [field.name for field in fields(TrainSettings) if field.metadata["group"] == LORA]
 KEPT = ("env", "model", "revision", *_OF_THE_ADAPTER)
@@ -40,7 +41,7 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
         end = state.get("max_steps")
     if end and state["global_step"] >= end:
         raise RunFolderError(
-            f"the checkpoint {str(checkpoint)!r} has done all of the run's {end} steps, so there is nothing to go on "
-            "with. Raise --max-steps, or evaluate the run: rlvr evaluate ... --adapter "
+            f"the checkpoint {str(checkpoint)!r} has done all that the run was to do, {counted(end, 'step')}, so "
+            "there is nothing to go on with. Raise --max-steps, or evaluate the run: rlvr evaluate ... --adapter "
             f"{settings.output_dir}."
         )

@@ -22,7 +22,7 @@ from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import asked_parser
 from rlvr.secrets import NOT_KEPT, options_not_kept
 from rlvr.tracking.adapter_hash import adapter_hash
-from rlvr.tracking.hub import check_push
+from rlvr.tracking.hub import check_push, push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.evaluator import Evaluator
@@ -255,7 +255,7 @@ def _train(
     }
     folder.write_summary(summary)
     if settings.push_to_hub and trainer.is_world_process_zero():
-        _push(policy, settings)
+        _push(folder, _repository(settings))
     return Run(folder.path, summary, policy)
 
 
@@ -391,9 +391,15 @@ def _check_services(settings: TrainSettings) -> None:
         check_push(_repository(settings), option=option)
 
 
-def _push(policy: LoadedPolicy, settings: TrainSettings) -> None:
-    for part in (policy.model, policy.tokenizer):
-        part.push_to_hub(_repository(settings))  # type: ignore[arg-type]
+def _push(run: RunFolder, repository: str) -> None:
+    """Uploads what the run has saved, with a model card."""
+    from rlvr.exporting.card import model_card
+    from rlvr.exporting.source import find_source
+
+    source = find_source(run.path)
+    card = model_card(source, "adapter" if source.is_adapter else "merged-16bit", parity=None)
+    (source.folder / "README.md").write_text(card, encoding="utf-8")
+    push(source.folder, repository)
 
 
 def _repository(settings: TrainSettings) -> str:

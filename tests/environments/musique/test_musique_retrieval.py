@@ -3,11 +3,13 @@ from __future__ import annotations
 import builtins
 import logging
 import math
+import shutil
 import threading
 from collections import Counter
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from rlvr.environments.musique import retrieval
 from rlvr.environments.musique.retrieval import (
@@ -225,18 +227,43 @@ def test_without_sentence_transformers(monkeypatch, caplog):
     retrieval._automatic.cache_clear()
 
 
-def test_with_sentence_transformers_auto_is_hybrid(tmp_path):
+def test_with_sentence_transformers_auto_is_hybrid(minilm, monkeypatch, tmp_path):
+    monkeypatch.setattr(retrieval, "DEFAULT_MODEL", minilm.removeprefix("semantic/"))
     retrieval._automatic.cache_clear()
     assert isinstance(make_retriever("auto", cache_folder=tmp_path), Hybrid)
 
 
-def test_a_model_that_cannot_be_loaded(tmp_path):
-    missing = make_retriever(f"semantic/{tmp_path / 'missing'}", cache_folder=tmp_path)
-    with pytest.raises(EnvironmentDefinitionError, match="cannot be loaded"):
-        missing.search(paragraphs("a"), "b", top_n=1)
+@pytest.mark.parametrize("name", ["semantic/", "hybrid/"])
+def test_a_model_that_cannot_be_loaded_is_noticed_at_once(tmp_path, name):
+    for model in (str(tmp_path / "missing"), "sentence-transformers/all-MiniLM-L6-v3"):
+        with pytest.raises(EnvironmentDefinitionError, match=f"embedding model '{model}' cannot be loaded: ") as error:
+            make_retriever(name + model, cache_folder=tmp_path)
+        assert "\n" not in str(error.value)
 
 
-def test_making_retrievers_loads_no_model(monkeypatch, tmp_path):
+def test_embeddings_of_a_changed_model_are_made_anew(minilm, tmp_path):
+    folder, question = tmp_path / "model", paragraphs("a cat", "a bank")
+    shutil.copytree(minilm.removeprefix("semantic/"), folder)
+
+    def kept():
+        make_retriever(f"semantic/{folder}", cache_folder=tmp_path / "cache").search(question, "cat", top_n=1)
+        return {file: np.load(file) for file in (tmp_path / "cache").rglob("*.npy")}
+
+    (before,) = kept().values()
+    assert len(kept()) == 1
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: -tensor for name, tensor in weights.items()}, folder / "model.safetensors", {"format": "pt"})
+    files = kept()
+    assert len(files) == 2
+    assert any(np.abs(embeddings - before).max() > 0.1 for embeddings in files.values())
+
+
+def test_the_version_of_a_model_on_the_hub_is_its_commit():
+    assert retrieval._model_version("me/mini", "abc") != retrieval._model_version("me/mini", "abd")
+    assert retrieval._model_version("me/mini", "abc") != retrieval._model_version("me/other", "abc")
+
+
+def test_making_lexical_retrievers_imports_no_embedding_library(monkeypatch, tmp_path):
     loaded = []
     real = builtins.__import__
 
@@ -245,6 +272,6 @@ def test_making_retrievers_loads_no_model(monkeypatch, tmp_path):
         return real(name, *rest, **named)
 
     monkeypatch.setattr(builtins, "__import__", spy)
-    for name in ("lexical", "golden", "semantic", "hybrid/some/model"):
+    for name in ("lexical", "golden"):
         make_retriever(name, cache_folder=tmp_path)
     assert "sentence_transformers" not in loaded

@@ -47,7 +47,8 @@ def make_retriever(name: str, *, cache_folder: str | Path | None = None) -> Retr
         cache_folder: of embeddings; by default under the user's cache folder.
 
     Raises:
-        EnvironmentDefinitionError: there is no such retriever, or sentence-transformers is missing.
+        EnvironmentDefinitionError: there is no such retriever, sentence-transformers is missing, or the model cannot
+            be loaded.
     """
     kind, _, model = name.partition("/")
     if kind not in RETRIEVERS or (model and kind not in ("semantic", "hybrid")):
@@ -145,7 +146,7 @@ class Semantic:
 
     def __init__(self, embedder: Embedder, *, cache_folder: str | Path | None = None, kept: int = 1024):
         self.embedder = embedder
-        model = hashlib.sha256(embedder.model_name.encode()).hexdigest()[:12]
+        model = hashlib.sha256(embedder.version.encode()).hexdigest()[:12]
         self._folder = Path(cache_folder or _user_cache()) / "embeddings" / model
         self._embeddings = _Recent(kept)
 
@@ -201,13 +202,19 @@ class Embedder:
     """Embeds texts, of unit length. Calls that come while another is computed are computed together after it.
 
     Args:
-        model_name: a sentence-transformers model, by id or folder. Loaded at the first use.
+        model_name: a sentence-transformers model, by id or folder. It is loaded at once, so that a misspelt one is
+            noticed before anything else is loaded.
         encode: used instead of the model: a list of texts → an array of a row for each.
+
+    Attributes:
+        version: another one where a text's embedding may be another.
+
+    Raises:
+        EnvironmentDefinitionError: the model cannot be loaded.
     """
 
     def __init__(self, model_name: str, *, encode: Callable[[list[str]], Array] | None = None):
-        self.model_name = model_name
-        self._encode = encode
+        self.version, self._encode = (model_name, encode) if encode is not None else _load_encoder(model_name)
         self._waiting: list[tuple[list[str], Future[Array]]] = []
         self._list_lock, self._encode_lock = threading.Lock(), threading.Lock()
 
@@ -226,8 +233,6 @@ class Embedder:
         if not batch:
             return
         try:
-            if self._encode is None:
-                self._encode = _load_encoder(self.model_name)
             embeddings = self._encode([text for texts, _ in batch for text in texts])
         except Exception as error:
             for _, future in batch:
@@ -239,17 +244,35 @@ class Embedder:
             start += len(texts)
 
 
-def _load_encoder(model_name: str) -> Callable[[list[str]], Array]:
+def _load_encoder(model_name: str) -> tuple[str, Callable[[list[str]], Array]]:
+    """The version of a model, and what embeds with it."""
     from sentence_transformers import SentenceTransformer
 
     try:
         model = SentenceTransformer(model_name)
     except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise EnvironmentDefinitionError(
-            f"the embedding model {model_name!r} cannot be loaded: {error}. "
+            f"the embedding model {model_name!r} cannot be loaded: {reason}. "
             "Give another with --retriever semantic/MODEL, or use the retriever lexical."
         ) from error
-    return lambda texts: model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    commit = getattr(model.model_card_data, "base_model_revision", None)
+
+    def encode(texts: list[str]) -> Array:
+        return model.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+
+    return _model_version(model_name, commit), encode
+
+
+def _model_version(model_name: str, commit: str | None) -> str:
+    """Of a folder: its files, with their sizes and times. Of a model on the Hub: its commit, where that is known."""
+    folder = Path(model_name)
+    if not folder.is_dir():
+        return f"{model_name} {commit}"
+    files = [
+        (path.relative_to(folder).as_posix(), path.stat()) for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
+    return f"{folder.resolve()} {[(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]}"
 
 
 class _Recent:

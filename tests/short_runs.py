@@ -1,4 +1,4 @@
-"""The environment and the settings of the short runs that are exported."""
+"""The environment and the settings of short runs whose weights are looked at."""
 
 import rlvr
 
