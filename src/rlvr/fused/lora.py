@@ -25,8 +25,12 @@ class _LoraProduct(torch.autograd.Function):
     ) -> Tensor:
         low_rank_a, low_rank_b = a.to(x.dtype), b.to(x.dtype)
         hidden = x @ low_rank_a.t()
-        output = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-        output.addmm_(hidden, low_rank_b.t(), alpha=scaling)
+        # The narrow product first: the wide one, which has the time for it, then adds up.
+        if bias is None:
+            output = (hidden * scaling) @ low_rank_b.t()
+        else:
+            output = torch.addmm(bias, hidden, low_rank_b.t(), alpha=scaling)
+        output.addmm_(x, weight.t())
         ctx.save_for_backward(x, weight, low_rank_a, low_rank_b, hidden)
         ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
         return output
@@ -38,7 +42,7 @@ class _LoraProduct(torch.autograd.Function):
         grad_hidden = (grad @ b).mul_(ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_hidden, a)
+            grad_x = (grad_hidden @ a).addmm_(grad, weight)
         grad_a = (grad_hidden.t() @ x).to(ctx.adapter_dtype)
         grad_b = (grad.t() @ hidden).mul_(ctx.scaling).to(ctx.adapter_dtype)
         return grad_x, None, None, grad_a, grad_b, None

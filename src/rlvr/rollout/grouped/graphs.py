@@ -15,6 +15,7 @@ from rlvr.fused.layers import FusedForwards
 from rlvr.rollout.grouped.attention import Plan
 from rlvr.rollout.grouped.cache import CacheShape
 from rlvr.rollout.grouped.kernels import PIECE, KernelDecode, tile_members, tiles_of
+from rlvr.rollout.grouped.projections import PackedProjections
 from rlvr.rollout.grouped.runner import Row, Runner
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class GraphRunner(Runner):
         super().__init__(model, shape, **settings)
         self.capture, self.compile_layers = capture, compile_layers
         self._fused = FusedForwards(model)
+        self._projections = PackedProjections(model)
         self.graphs: dict[BatchShape, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if capture else None
         self._side = torch.cuda.Stream(self.device)  # one for all graphs: memory of a pool is kept by stream
@@ -63,6 +65,10 @@ class GraphRunner(Runner):
     @staticmethod
     def row_capacity(shape: CacheShape) -> int:
         return power_of_two(shape.slots)
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+        self._projections.load()  # the weights are those of this rollout
+        super().prefill(prompts)
 
     def load(self, rows: Sequence[Row]) -> None:
         tiles = tiles_of([row.group for row in rows], self._members)
@@ -87,8 +93,9 @@ class GraphRunner(Runner):
         shape = BatchShape(self._size, self._tiles, pieces)
         if not self.capture:
             plan = self._plan(shape)
-            for _ in range(steps):
-                self.token_step(plan, shape.rows)
+            with self._projections.in_place():
+                for _ in range(steps):
+                    self.token_step(plan, shape.rows)
             return
         if shape not in self.graphs:
             self.graphs[shape] = self._captured(shape)
@@ -126,7 +133,7 @@ class GraphRunner(Runner):
             self.generator.set_state(random_state)
             torch.cuda.synchronize(self.device)
             graph.register_generator_state(self.generator)
-            with self._compiled_layers():
+            with self._projections.in_place(), self._compiled_layers():
                 self._record(graph, plan, shape.rows)
         torch.cuda.current_stream(self.device).wait_stream(self._side)
         return graph
@@ -134,7 +141,7 @@ class GraphRunner(Runner):
     def _warm_up(self, plan: KernelDecode, size: int) -> None:
         """Runs the token step twice, with compiled layers if they compile, from now on without if not."""
         try:
-            with self._compiled_layers():
+            with self._projections.in_place(), self._compiled_layers():
                 for _ in range(2):
                     self.state.step.zero_()
                     self.token_step(plan, size)

@@ -244,7 +244,7 @@ class KernelDecode:
             KV_HEADS=kv_heads, REPEATS=repeats, DIM=dim, WINDOW=window or 0,
             TILE_MEMBERS=self.tile_rows.shape[1], TILE_BLOCK=tile_block(repeats),
             ROW_BLOCK=max(16, triton.next_power_of_2(repeats)),
-            KEY_BLOCK=32 if exact or dim_block > 128 else 64, DIM_BLOCK=dim_block, SUFFIX_PIECE=PIECE,
+            KEY_BLOCK=32, DIM_BLOCK=dim_block, SUFFIX_PIECE=PIECE,
             PRECISION="ieee" if exact else "tf32", num_warps=4, num_stages=2,
         )  # fmt: skip
         _merge_kernel[(rows, heads)](

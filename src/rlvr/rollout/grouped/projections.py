@@ -1,0 +1,99 @@
+"""Query, key and value of an attention layer as one matrix product, in token steps.
+
+A batch of a few dozen rows is too small for three products to fill a GPU: each waits for its own start. On an H100 the
+three take 16 µs a layer of Qwen2.5-1.5B at 64 rows, the one 7 µs. The weights are copied for it (6 MB a layer there),
+anew for every rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+NAMES = ("q_proj", "k_proj", "v_proj")
+
+
+class PackedProjections:
+    """Copies of a model's projections, at addresses that stay.
+
+    Args:
+        model: with its adapters merged. Layers whose projections are not plain linear layers are left alone.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._layers = [
+            (parent, parts, _Product(parts))
+            for parent in model.modules()
+            if (parts := _projections(parent)) is not None
+        ]
+
+    def load(self) -> None:
+        """Copies the weights as they are now."""
+        for _, parts, product in self._layers:
+            product.load(parts)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within it, the model computes with the copies."""
+        try:
+            for parent, _, product in self._layers:
+                parent._modules.update(zip(NAMES, product.parts, strict=True))
+            yield
+        finally:
+            for parent, parts, _ in self._layers:
+                parent._modules.update(zip(NAMES, parts, strict=True))
+
+
+class _Product:
+    """The packed weight, and its result between the calls of the first part and of the last."""
+
+    def __init__(self, parts: Sequence[nn.Linear]):
+        with torch.no_grad():
+            self.weight = torch.cat([part.weight for part in parts])
+            self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+        self.sizes = [part.out_features for part in parts]
+        self.result: Tensor | None = None
+        self.parts = [_Part(self, index, len(parts)) for index in range(len(parts))]
+
+    @torch.no_grad()
+    def load(self, parts: Sequence[nn.Linear]) -> None:
+        for own, part in zip(self.weight.split(self.sizes), parts, strict=True):
+            own.copy_(part.weight)
+        if self.bias is not None:
+            for own, part in zip(self.bias.split(self.sizes), parts, strict=True):
+                own.copy_(part.bias)
+
+
+class _Part(nn.Module):
+    """Stands for one projection. The model calls the parts in their order, all with the same input."""
+
+    def __init__(self, product: _Product, index: int, count: int):
+        super().__init__()
+        self.product = product
+        self.start = sum(product.sizes[:index])
+        self.stop = self.start + product.sizes[index]
+        self.is_first, self.is_last = index == 0, index == count - 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        product = self.product
+        if self.is_first:
+            product.result = F.linear(x, product.weight, product.bias)
+        result = product.result
+        if result is None:
+            raise RuntimeError("attention asked for keys or values before it asked for queries.")
+        if self.is_last:
+            product.result = None
+        return result[..., self.start : self.stop]
+
+
+def _projections(parent: Any) -> list[nn.Linear] | None:
+    parts: list[Any] = [parent._modules.get(name) for name in NAMES]
+    plain = all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
+    if not plain or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1:
+        return None
+    return parts

@@ -1,0 +1,54 @@
+"""Packed projections: the same numbers as the layers they stand for, and only where they stand for plain ones."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlvr.rollout.grouped.projections import NAMES, PackedProjections
+from rlvr.testing.tiny import tiny_model
+
+IDS = torch.arange(3, 27).reshape(2, 12)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "llama", "gemma3_text", "mistral"])
+@torch.no_grad()
+def test_a_model_computes_the_same_with_packed_projections(architecture):
+    model = tiny_model(architecture).eval()
+    own = dict(model.named_modules())
+    expected = model(IDS).logits
+    packed = PackedProjections(model)
+    with packed.in_place():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+        assert not any(name.endswith(NAMES) and type(m) is torch.nn.Linear for name, m in model.named_modules())
+    assert dict(model.named_modules()) == own
+
+
+@torch.no_grad()
+def test_the_copies_are_taken_anew_and_keep_their_addresses():
+    model = tiny_model().eval()
+    packed = PackedProjections(model)
+    before = [product.weight.data_ptr() for _, _, product in packed._layers]
+    layer = model.model.layers[0].self_attn
+    layer.k_proj.weight.mul_(3)
+    layer.v_proj.bias.add_(1)
+    expected = model(IDS).logits
+    with packed.in_place():
+        assert (model(IDS).logits - expected).abs().max() > 1e-3  # still the old weights
+    packed.load()
+    with packed.in_place():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert [product.weight.data_ptr() for _, _, product in packed._layers] == before
+
+
+def test_adapted_and_hooked_projections_are_left_alone():
+    adapted = get_peft_model(tiny_model(layers=3), LoraConfig(r=2, target_modules=["k_proj"], layers_to_transform=[0]))
+    hooked = adapted.base_model.model.model.layers[1].self_attn.q_proj
+    hooked.register_forward_hook(lambda *args: None)
+    packed = PackedProjections(adapted)
+    assert [parent.layer_idx for parent, _, _ in packed._layers] == [2]
+
+
+def test_an_attention_in_another_order_is_told():
+    model = tiny_model().eval()
+    with PackedProjections(model).in_place(), pytest.raises(RuntimeError, match="before it asked for queries"):
+        model.model.layers[0].self_attn.k_proj(torch.zeros(1, 32))
