@@ -74,9 +74,11 @@ def adapter_and_rest(policy):
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
 def test_unsloths_own_trainer_trains_the_adapter_alone(folder, tmp_path, monkeypatch, quantization, beta, tools):
-    monkeypatch.chdir(tmp_path)
-    from rlvr.trainers import EnhancedGRPOTrainer
+    import trl
 
+    from rlvr.trainers.compose import is_unsloth_class
+
+    monkeypatch.chdir(tmp_path)
     policy = loaded(folder, quantization)
     adapter, rest = adapter_and_rest(policy)
     start = adapter_hash(policy.model)
@@ -84,8 +86,7 @@ def test_unsloths_own_trainer_trains_the_adapter_alone(folder, tmp_path, monkeyp
         environment(tools), policy, "unsloth", **SMALL, kl_beta=beta, max_steps=2, output_dir=tmp_path / "run"
     )
 
-    names = [base.__name__ for base in EnhancedGRPOTrainer.__mro__]
-    assert "UnslothGRPOTrainer" in names
+    assert is_unsloth_class(trl.GRPOTrainer)  # which is the base that the trainer takes
     assert not (tmp_path / "unsloth_compiled_cache").exists()
     trained, kept = adapter_and_rest(policy)
     assert all(torch.equal(value, kept[name]) for name, value in rest.items())
