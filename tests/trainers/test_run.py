@@ -15,7 +15,8 @@ from rlvr.errors import ConfigError, DataError, RewardError
 from rlvr.rewards.rubric import Rubric, WeightedReward
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.trainers import EnhancedGRPOTrainer
-from rlvr.trainers.run import resolve_settings, training_arguments, training_rows
+from rlvr.trainers.arguments import grpo_config, training_arguments
+from rlvr.trainers.run import resolve_settings, training_rows
 
 pytestmark = pytest.mark.both
 
@@ -363,6 +364,13 @@ def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
     settings = TrainSettings(env="e", model="m", rollout_engine="vllm").resolved()
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     assert set(arguments) <= set(GRPOConfig.__dataclass_fields__)
+
+
+def test_trl_takes_the_arguments_as_they_are(policy, tmp_path):
+    settings = TrainSettings(env="e", model="m", loss_type="dr_grpo", max_steps=3).resolved()
+    arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
+    config = grpo_config(arguments)
+    assert {name: getattr(config, name) for name in arguments} == arguments
 
 
 @pytest.mark.unsloth

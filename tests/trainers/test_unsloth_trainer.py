@@ -10,12 +10,17 @@ import pytest
 pytestmark = pytest.mark.unsloth
 
 
-def test_unsloths_generated_trainer_trains():
-    """Prompts are of unequal lengths, so that the columns of its log-probabilities are not TRL's."""
+@pytest.fixture(scope="module")
+def lines():
     command = [sys.executable, str(Path(__file__).with_name("unsloth_on_cpu.py")), "0", "0.1"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert finished.returncode == 0, finished.stderr[-3000:]
-    found = [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"beta"')]
+    return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"')]
+
+
+def test_unsloths_generated_trainer_trains(lines):
+    """Prompts are of unequal lengths, so that the columns of its log-probabilities are not TRL's."""
+    found = [line for line in lines if "rows" in line]
     assert [run["beta"] for run in found] == [0.0, 0.1]
     for run in found:
         assert "UnslothGRPOTrainer" in run["classes"]
@@ -25,3 +30,17 @@ def test_unsloths_generated_trainer_trains():
     first, second = (row["kl"] for row in found[1]["rows"])
     assert abs(first) < 1e-5  # the policy from itself
     assert second > 1e-4
+
+
+def test_a_runs_training_arguments_are_those_of_the_other_backend(lines):
+    """By itself Unsloth masks truncated completions and widens the clip for dapo, and drops the scaling of dr_grpo."""
+    found = {line["loss_type"]: line for line in lines if "class" in line}
+    common = {
+        "class": "UnslothGRPOConfig",
+        "scale_rewards": "group",
+        "epsilon": 0.2,
+        "mask_truncated_completions": False,
+        "beta": 0.0,
+    }
+    for loss_type, epsilon_high in (("dapo", 0.2), ("dr_grpo", 0.2), ("cispo", 5.0), ("grpo", 0.2)):
+        assert found[loss_type] == {**common, "loss_type": loss_type, "epsilon_high": epsilon_high}

@@ -3,7 +3,8 @@
     python unsloth_on_cpu.py BETA ...
 
 Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
-methods that mark Unsloth's. Prints a JSON line for each beta: the trainer's classes, and the rows that it logged.
+methods that mark Unsloth's. Prints JSON lines: the training arguments of a run with some losses; for each beta the
+trainer's classes, and the rows that it logged.
 """
 
 import json
@@ -58,6 +59,28 @@ def train(beta):
     print(json.dumps({"beta": beta, "classes": names, "rows": rows}))
 
 
+def configure(loss_type):
+    """The training arguments of a run, as Unsloth's class and `grpo_config` leave them."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from rlvr.config import TrainSettings
+    from rlvr.tracking.run_folder import RunFolder
+    from rlvr.trainers.arguments import grpo_config, training_arguments
+
+    settings = TrainSettings(env="e", model="m", loss_type=loss_type, scale_rewards="group").resolved()
+    policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    policy.model.device = torch.device("cpu")
+    backend = SimpleNamespace(training_arguments=lambda policy: ())
+    arguments, _ = training_arguments(settings, policy, backend, RunFolder(Path(tempfile.mkdtemp())))
+    config = grpo_config(arguments)
+    names = ("loss_type", "scale_rewards", "epsilon", "epsilon_high", "mask_truncated_completions", "beta")
+    print(json.dumps({"class": type(config).__name__, **{name: getattr(config, name) for name in names}}))
+
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
+for loss_type in ("dapo", "dr_grpo", "cispo", "grpo"):
+    configure(loss_type)
 for beta in map(float, sys.argv[1:]):
     train(beta)

@@ -25,6 +25,7 @@ from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import check_push, push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
+from rlvr.trainers.arguments import grpo_config, training_arguments
 from rlvr.trainers.evaluator import Evaluator
 from rlvr.trainers.players import backend_name, fitting_examples, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
@@ -209,7 +210,6 @@ def _train(
     evaluator: Evaluator,
 ) -> Run:
     from transformers import PrinterCallback
-    from trl import GRPOConfig
 
     from rlvr.tracking.progress import MetricsRows, ProgressDisplay
     from rlvr.trainers import EnhancedGRPOTrainer
@@ -221,7 +221,7 @@ def _train(
         processing_class=policy.tokenizer,
         env=environment,
         train_dataset=rows,
-        args=GRPOConfig(**arguments),
+        args=grpo_config(arguments),
         callbacks=[MetricsRows(folder.add_metrics), progress, *callbacks],
         rollout_engine=settings.rollout_engine,  # type: ignore[arg-type]
         tool_call_parser=evaluator.parser,
@@ -273,72 +273,6 @@ def training_rows(environment: Environment, policy: LoadedPolicy, settings: Trai
             f"{settings.prompts_per_step} different prompts. Lower --prompts-per-step, or bring more examples."
         )
     return dataset if len(fitting) == len(dataset) else [dataset[index] for index in fitting]
-
-
-def training_arguments(
-    settings: TrainSettings, policy: LoadedPolicy, backend: ModelBackend, folder: RunFolder
-) -> tuple[dict[str, Any], list[Any]]:
-    """The keywords for `trl.GRPOConfig`, and the changes to them that the backend asked for.
-
-    Every value that matters is stated: Unsloth replaces the defaults.
-    """
-    in_half = {str(parameter.dtype).removeprefix("torch.") for parameter in policy.model.parameters()}
-    on_gpu = policy.model.device.type == "cuda"
-    arguments = {
-        "output_dir": str(folder.checkpoints),
-        "run_name": settings.run_name,
-        "seed": settings.seed,
-        "data_seed": settings.seed,
-        "per_device_train_batch_size": settings.batch_size,
-        "per_device_eval_batch_size": settings.batch_size,
-        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
-        "num_generations": settings.num_generations,
-        "num_iterations": settings.num_iterations,
-        "max_completion_length": settings.max_tokens,
-        "temperature": settings.temperature,
-        "top_p": settings.top_p,
-        "top_k": settings.top_k,
-        "min_p": settings.min_p,
-        "repetition_penalty": settings.repetition_penalty,
-        "max_steps": settings.max_steps if settings.max_steps is not None else -1,
-        "num_train_epochs": settings.num_epochs,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.lr_scheduler_type,
-        "warmup_steps": settings.warmup_steps,
-        "weight_decay": settings.weight_decay,
-        "max_grad_norm": settings.max_grad_norm,
-        "optim": "adamw_torch",
-        "adam_beta1": 0.9,
-        "adam_beta2": 0.999,
-        "loss_type": settings.loss_type,
-        "scale_rewards": settings.scale_rewards,
-        "beta": settings.kl_beta,
-        "bf16": on_gpu and "bfloat16" in in_half,
-        "fp16": on_gpu and "float16" in in_half,
-        "gradient_checkpointing": settings.gradient_checkpointing,
-        "logging_strategy": "steps",
-        "logging_steps": settings.logging_steps,
-        "save_strategy": "steps",
-        "save_steps": settings.save_steps,
-        "eval_strategy": "no",  # evaluation is ours: see evaluate.py
-        "disable_tqdm": True,
-        "use_cpu": not on_gpu,
-        "use_vllm": settings.rollout_engine == "vllm",
-    }
-    if settings.rollout_engine == "vllm":
-        arguments["vllm_mode"] = "colocate"
-        arguments["vllm_enable_sleep_mode"] = True  # its memory is given back while the policy trains
-        arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization
-    changes = [
-        change for change in backend.training_arguments(policy) if arguments.get(change.name, _ABSENT) != change.value
-    ]
-    for change in changes:
-        logger.info("backend %s sets %s=%r: %s", settings.backend, change.name, change.value, change.reason)
-        arguments[change.name] = change.value
-    return arguments, changes
-
-
-_ABSENT = object()
 
 
 def _load_policy(settings: TrainSettings, backend: ModelBackend) -> LoadedPolicy:
