@@ -34,9 +34,9 @@ def test_unsloths_generated_trainer_trains(lines):
 
 def test_a_runs_training_arguments_are_those_of_the_other_backend(lines):
     """By itself Unsloth masks truncated completions and widens the clip for dapo, and drops the scaling of dr_grpo."""
-    found = {line["loss_type"]: line for line in lines if "class" in line}
+    found = {line["loss_type"]: line for line in lines if "is_unsloths" in line}
     common = {
-        "class": "UnslothGRPOConfig",
+        "is_unsloths": True,
         "scale_rewards": "group",
         "epsilon": 0.2,
         "mask_truncated_completions": False,

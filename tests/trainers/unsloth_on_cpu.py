@@ -76,7 +76,8 @@ def configure(loss_type):
     arguments, _ = training_arguments(settings, policy, backend, RunFolder(Path(tempfile.mkdtemp())))
     config = grpo_config(arguments)
     names = ("loss_type", "scale_rewards", "epsilon", "epsilon_high", "mask_truncated_completions", "beta")
-    print(json.dumps({"class": type(config).__name__, **{name: getattr(config, name) for name in names}}))
+    is_unsloths = hasattr(config, "unsloth_num_chunks")
+    print(json.dumps({"is_unsloths": is_unsloths, **{name: getattr(config, name) for name in names}}))
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
 from rlvr.config import TrainSettings
 from rlvr.tracking.run_folder import RunFolder
-from rlvr.trainers.compose import is_unsloth_class
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -95,7 +94,7 @@ def grpo_config(arguments: dict[str, Any]) -> GRPOConfig:
     from trl import GRPOConfig
 
     config = GRPOConfig(**arguments)
-    if not is_unsloth_class(type(config)):
+    if not hasattr(config, "unsloth_num_chunks"):  # Unsloth's class has the name and module of TRL's
         return config
     for name, asked in arguments.items():
         found = getattr(config, name)

@@ -41,9 +41,9 @@ def trl_trainer_class(model: Any) -> type:
     return base
 
 
-def is_unsloth_class(found: type) -> bool:
-    """Whether the class of a trainer or of its arguments is one that Unsloth generated."""
-    return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in found.__mro__)
+def is_unsloth_class(trainer_class: type) -> bool:
+    """Whether a trainer class is one that Unsloth generated."""
+    return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in trainer_class.__mro__)
 
 
 def refuse_what_unsloth_ignores(args: Any) -> None:
