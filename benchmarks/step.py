@@ -6,8 +6,9 @@
 Every peer runs in a process of its own on the same model (random weights, made on the spot) and the same work: per
 optimizer step `--groups` prompts and `--group-size` completions of each, `--completion-tokens` long; LoRA rank 16 on
 all linear layers, bfloat16 on a GPU and float32 on a CPU, loss dr_grpo, beta 0. A micro-batch is one group for the
-peers and four for us, which are about as many tokens once a prompt is computed once (`--micro-batch-groups` sets it
-for all). What a user would write for each of them; `trl` and `unsloth` use nothing of ours. Several values of
+peers and four for `rlvr`, which are about as many tokens once a prompt is computed once (`--micro-batch-groups` sets
+it for all). What a user would write for each of them; `trl` and `unsloth` use nothing of ours, and `rlvr-unsloth`
+against `unsloth` is what our layer costs there. Several values of
 `--group-size`, `--prompt-tokens` or `--completion-tokens` make a sweep.
 
 Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step. Rollout
@@ -46,7 +47,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", nargs="+", type=int, default=[8])
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="the first warms up")
-    parser.add_argument("--micro-batch-groups", type=int, help="default: 4 for us, 1 for the peers")
+    parser.add_argument("--micro-batch-groups", type=int, help="default: 4 for rlvr, 1 for the others")
     parser.add_argument("--gradient-checkpointing", choices=("on", "off"), default="on")
     parser.add_argument("--rollout-engine", default="auto")
     parser.add_argument("--shared-prefix", default="auto")
@@ -210,7 +211,7 @@ def trainer_of(peer: str, options: argparse.Namespace, cuda: bool):
 
     ours = peer.startswith("rlvr")
     model, tokenizer, peft_config = policy(peer, options.model, length, cuda)
-    micro_groups = min(options.micro_batch_groups or (4 if ours else 1), options.groups)
+    micro_groups = min(options.micro_batch_groups or (4 if peer == "rlvr" else 1), options.groups)
 
     from trl import GRPOConfig, GRPOTrainer
 
