@@ -145,19 +145,30 @@ def test_a_checkpoint_that_was_made_anew_after_a_run_went_on_from_it_is_told(run
 @pytest.mark.both
 def test_a_base_model_that_was_changed_is_found(tmp_path):
     model = save_tiny(tmp_path / "model")
-    record = base_record(str(model), None, commit=None)
+    record = base_record(str(model), None)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= record["files"].keys()
     assert changed_files(model, record["files"]) == ()
     (model / "README.md").write_text("nothing that a policy is made of")
     assert changed_files(model, record["files"]) == ()
     save_tiny(model, seed=1)
     assert changed_files(model, record["files"]) == ("model.safetensors",)
-    assert base_record("org/name", "main", commit="abc") == {
-        "model": "org/name",
-        "revision": "main",
-        "commit": "abc",
-        "files": None,
-    }
+
+
+@pytest.mark.both
+def test_a_base_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--org--name"
+    (folder / "refs").mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (folder / "refs" / revision).write_text(commit)
+        save_tiny(folder / "snapshots" / commit)
+        record = {"model": "org/name", "revision": revision, "commit": commit, "files": None}
+        assert base_record("org/name", revision) == record
+    assert base_record("org/name", None)["commit"] == "a" * 40
+    assert base_record("org/other", None)["commit"] is None
+    assert base_record("not/a/repository", None)["commit"] is None
 
 
 @pytest.mark.both

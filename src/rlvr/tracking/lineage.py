@@ -103,12 +103,25 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def base_record(model: str, revision: str | None, *, commit: str | None) -> dict[str, Any]:
+def base_record(model: str, revision: str | None) -> dict[str, Any]:
     """What identifies a base model: its commit on the Hub, or the SHA-256 of its files where it is local."""
     path = Path(model).expanduser()
     paths = path.iterdir() if path.is_dir() else [path]
     files = file_hashes(paths, _folder(model)) if path.exists() else None
+    commit = None if path.exists() else cached_commit(model, revision)
     return {"model": model, "revision": revision, "commit": commit, "files": files}
+
+
+def cached_commit(model: str, revision: str | None) -> str | None:
+    """The commit of a Hub model as this machine has it, which is what was loaded; None where it has it not."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(model, "config.json", revision=revision)
+    except HFValidationError:  # no name of a repository: a backend may take others
+        return None
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:

@@ -58,8 +58,7 @@ class PolicyHashes:
 def origin(policy: LoadedPolicy, checkpoint: Path | None) -> dict[str, Any]:
     """Where a run's weights come from: the base model, and the start or the checkpoint that it goes on from."""
     settings = policy.settings
-    commit = getattr(policy.model.config, "_commit_hash", None)
-    base = base_record(settings.model, settings.revision, commit=commit)
+    base = base_record(settings.model, settings.revision)
     if checkpoint is None:
         return {"base": base, "adapter": adapter_hash(policy.model)}
     step, record = int(checkpoint.name.rpartition("-")[2]), read_record(checkpoint) or {}
