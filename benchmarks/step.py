@@ -238,8 +238,7 @@ def trainer_of(peer: str, options: argparse.Namespace, cuda: bool):
         return GRPOTrainer(**arguments)
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    engine = "auto" if peer == "rlvr-unsloth" else options.rollout_engine
-    return EnhancedGRPOTrainer(**arguments, rollout_engine=engine, shared_prefix=options.shared_prefix)
+    return EnhancedGRPOTrainer(**arguments, rollout_engine=options.rollout_engine, shared_prefix=options.shared_prefix)
 
 
 def policy(peer: str, folder: str, length: int, cuda: bool):
