@@ -84,6 +84,33 @@ def test_trains_exactly_as_trl_does(tmp_path, tokenizer, beta):
     assert all(torch.equal(mine, other) for mine, other in trained)
 
 
+@pytest.mark.parametrize("conversational", [True, False])
+def test_a_prompt_is_tokenized_once_for_its_group(tmp_path, tokenizer, monkeypatch, conversational):
+    trainer = EnhancedGRPOTrainer(
+        tiny_model(),
+        distinct_characters,
+        grpo_config(tmp_path),
+        Dataset.from_list(PROMPTS),
+        processing_class=tokenizer,
+    )
+    one, other = (row["prompt"] if conversational else row["prompt"][0]["content"] for row in PROMPTS[:2])
+    rows = [one, one, other, one]
+    expected = trl.GRPOTrainer._tokenize_prompts(trainer, rows)
+    seen = []
+
+    def counted(self, prompts):
+        seen.append(prompts)
+        return tokenized(self, prompts)
+
+    tokenized = trl.GRPOTrainer._tokenize_prompts
+    monkeypatch.setattr(trl.GRPOTrainer, "_tokenize_prompts", counted)
+    ids, images, fields = trainer._tokenize_prompts(rows)
+    assert seen == [[one, other]]
+    assert (ids, images, fields) == tuple(expected)
+    ids[0].append(0)
+    assert ids[1] != ids[0]
+
+
 def test_isinstance_and_subclassing(tmp_path, model, tokenizer):
     class Mine(EnhancedGRPOTrainer):
         def compute_loss(self, *args, **kwargs):

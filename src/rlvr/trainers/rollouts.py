@@ -84,6 +84,17 @@ class RolloutMixin(_Base):
         self._check_sampler(prompt_ids, ids, [[1] * len(row) for row in ids], recorded)
         return ids, logprobs
 
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        """As TRL's, each distinct prompt once: those of a group are equal."""
+        if self.environment_factories is not None:  # then a row's tools are its environment's
+            return super()._tokenize_prompts(prompts)
+        groups: dict[str, int] = {}
+        group_of = [groups.setdefault(repr(prompt), len(groups)) for prompt in prompts]
+        ids, images, fields = super()._tokenize_prompts([prompts[group_of.index(group)] for group in groups.values()])
+        if images or fields:  # of rows
+            return super()._tokenize_prompts(prompts)
+        return [list(ids[group]) for group in group_of], images, fields
+
     def _generate(self, prompts: list[Any]) -> Any:
         start = time.perf_counter()
         output = super()._generate(prompts)

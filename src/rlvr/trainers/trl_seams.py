@@ -35,6 +35,7 @@ SEAMS = (
     ),
     Seam("_generate_and_score_completions", ("inputs",), "the batch's rows are kept for the environment; records"),
     Seam("_generate", ("prompts",), "calls rollout_func(prompts, trainer); its extra fields reach the rewards"),
+    Seam("_tokenize_prompts", ("prompts",), "a prompt is tokenized once for its group"),
     Seam(
         "_generate_single_turn",
         ("prompt_ids", "images", "multimodal_fields", "num_generations"),
@@ -52,7 +53,8 @@ SEAMS = (
     Seam("prediction_step", ("model", "inputs", "prediction_loss_only"), "evaluation generates and scores only"),
 )  # fmt: skip
 """And these attributes: `_metrics[mode]` (name → list of values, averaged by `log`), `_step`, `_buffered_inputs`,
-`beta` and `ref_model` (read when a batch is scored), `generation_config`, `num_generations_eval`, `eos_token_ids`."""
+`environment_factories`, `beta` and `ref_model` (read when a batch is scored), `generation_config`,
+`num_generations_eval`, `eos_token_ids`."""
 
 
 def missing_seams(trainer_class: type) -> list[str]:
