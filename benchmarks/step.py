@@ -249,8 +249,9 @@ def policy(peer: str, folder: str, length: int, cuda: bool):
         from unsloth import FastLanguageModel
 
         model, tokenizer = FastLanguageModel.from_pretrained(
-            folder, max_seq_length=length, load_in_4bit=False, fast_inference=False, max_lora_rank=16
-        )
+            folder, max_seq_length=length, dtype=torch.bfloat16 if cuda else torch.float32, load_in_4bit=False,
+            fast_inference=False, max_lora_rank=16,
+        )  # fmt: skip
         model = FastLanguageModel.get_peft_model(
             model, r=16, lora_alpha=32, target_modules=LORA_MODULES, use_gradient_checkpointing="unsloth",
             random_state=1,
