@@ -1,21 +1,22 @@
-"""The oracle: the same checkpoint in float32 by transformers alone, with LoRA added to the weights by hand.
+"""What a policy should compute: asked of `oracle.py`, in a process of its own.
 
-No PEFT and nothing of the backend takes part, but for the values of the adapter's factors. It computes in a process of
-its own, since a backend may have patched transformers in this one.
-
-    W' = W + s · B · A      with s as `LoadedPolicy.lora` states it (alpha / r, or alpha / sqrt(r) for rsLoRA)
-    dL/dA = s · Bᵀ · dL/dW'     dL/dB = s · dL/dW' · Aᵀ
+A backend may have patched transformers in this process, and the oracle is transformers alone.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import json
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.context import factors, lora_layers
@@ -25,7 +26,7 @@ Pairs = dict[str, tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True)
 class Reference:
-    """What the checkpoint `model` should compute. `adapters`: name of a layer → (A, B)."""
+    """The checkpoint `model`, rounded to `weights_dtype`, with LoRA. `adapters`: name of a layer → (A, B)."""
 
     model: str
     weights_dtype: torch.dtype
@@ -43,51 +44,57 @@ class Reference:
 
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T, V), on the CPU."""
-        return _clean_process().submit(_logits, self, ids.cpu()).result()
+        return self._ask("logits", ids)["logits"]
 
     def loss_and_gradients(self, ids: torch.Tensor) -> tuple[float, Pairs]:
         """Mean negative log-probability of the tokens after the first, in nats, and its gradients by A and by B."""
-        return _clean_process().submit(_loss_and_gradients, self, ids.cpu()).result()
+        found = self._ask("gradients", ids)
+        return found["loss"].item(), {name: (found[f"{name}.A"], found[f"{name}.B"]) for name in self.adapters}
 
-
-@functools.cache
-def _clean_process() -> ProcessPoolExecutor:
-    """One for all references of this process. Spawned, not forked: it imports transformers for itself."""
-    return ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn"))
-
-
-@torch.no_grad()
-def _logits(reference: Reference, ids: torch.Tensor) -> torch.Tensor:
-    return _adapted(reference)(ids).logits
-
-
-def _loss_and_gradients(reference: Reference, ids: torch.Tensor) -> tuple[float, Pairs]:
-    model = _adapted(reference)
-    log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
-    loss = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
-    loss.backward()
-    gradients = {}
-    for name, (a, b) in reference.adapters.items():
-        by_weight = model.get_submodule(name).weight.grad
-        gradients[name] = (reference.scale * b.T @ by_weight, reference.scale * by_weight @ a.T)
-    return loss.item(), gradients
-
-
-def _adapted(reference: Reference) -> Any:
-    """The model in float32 on the CPU, adapter included."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        reference.model, dtype=torch.float32, attn_implementation="eager"
-    )
-    model.eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(reference.weights_dtype))
-        for name, (a, b) in reference.adapters.items():
-            model.get_submodule(name).weight += reference.scale * b @ a
-    return model
+    def _ask(self, what: str, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        tensors = {"ids": ids.cpu().contiguous()}
+        for name, (a, b) in self.adapters.items():
+            tensors |= {f"{name}.A": a.contiguous(), f"{name}.B": b.contiguous()}
+        dtype = str(self.weights_dtype).removeprefix("torch.")
+        job = {"what": what, "model": self.model, "weights_dtype": dtype, "scale": self.scale}
+        return _oracle().ask({**job, "adapters": list(self.adapters)}, tensors)
 
 
 def stated_scale(lora: LoraSettings) -> float:
     return lora.alpha / (lora.r**0.5 if lora.rslora else lora.r)
+
+
+@functools.cache
+def _oracle() -> _Oracle:
+    """One for all references of this process: most of its time goes into importing."""
+    return _Oracle()
+
+
+class _Oracle:
+    """The process. A question is a line of JSON and a file of tensors, and so is the answer."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="rlvr-oracle-")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rlvr.testing.conformance.oracle", self._folder.name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        atexit.register(self._process.kill)
+
+    def ask(self, job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """
+        Raises:
+            RuntimeError: the oracle could not compute it, with its reason.
+        """
+        save_file(tensors, Path(self._folder.name, "question.safetensors"))
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline() or '{"error": "its process has ended"}')
+        if answer["error"]:
+            raise RuntimeError(f"the reference could not be computed: {answer['error']}")
+        return load_file(Path(self._folder.name, "answer.safetensors"))
