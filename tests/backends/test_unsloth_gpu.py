@@ -12,6 +12,9 @@ from rlvr.errors import PatchedProcessError, UnsupportedSettingError
 from rlvr.testing.tiny import save_tiny
 from rlvr.tracking.adapter_hash import adapter_hash
 
+if find_spec("unsloth") is None:
+    pytest.skip("the unsloth package is not installed in this environment", allow_module_level=True)
+
 pytestmark = [pytest.mark.gpu, pytest.mark.unsloth]
 
 SMALL = {

@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped import GroupedEngine
-from rlvr.rollout.grouped.attention import Decode
+from rlvr.rollout.grouped.attention import Decode, Prefill
 from rlvr.rollout.grouped.cache import Cache, CacheShape
 from rlvr.testing.tiny import tiny_model
 
@@ -191,3 +191,21 @@ def test_kernels_attend_as_plain_torch_does(heads, kv_heads, dim, window, dtype)
     assert error < (1e-5 if dtype == torch.float32 else 1e-2)
     assert torch.equal(fast.suffix_keys.float(), plain.suffix_keys)
     assert torch.equal(fast.suffix_values.float(), plain.suffix_values)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_packed_prompts_attend_as_each_by_itself_does(window):
+    """The flash kernel takes bfloat16 only; in float32 SDPA computes prompt by prompt, from the same numbers."""
+    torch.manual_seed(0)
+    starts = [0, 1, 40, 81, 211]  # prompts of 1, 39, 41 and 130 tokens
+    spans = [(group, *starts[group : group + 2]) for group in range(4)]
+    shape = CacheShape(groups=4, prompt_tokens=130, slots=1, suffix_tokens=1, layers=1, kv_heads=2, head_dim=64)
+    tensors = [torch.randn((1, count, 211, 64), device="cuda", dtype=torch.bfloat16) for count in (6, 2, 2)]
+
+    def attended(dtype):
+        cache = Cache(shape, dtype=dtype, device=torch.device("cuda"))
+        plan = Prefill(cache, spans, torch.tensor(starts, dtype=torch.int32, device="cuda"))
+        return plan.attend(0, *(tensor.to(dtype) for tensor in tensors), 0.125, window).float()
+
+    output, expected = attended(torch.bfloat16), attended(torch.float32)
+    assert (output - expected).norm() / expected.norm() < 1e-2

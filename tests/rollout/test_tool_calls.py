@@ -121,6 +121,7 @@ def test_a_call_inside_a_thought_is_not_executed(parser, opening, closing):
     opened_by_the_prompt = f"I could {call} or not.{closing}"
     assert parse(opened_by_the_prompt) == (opened_by_the_prompt, [])
     assert parse(opened_by_the_prompt + call) == (opened_by_the_prompt, [SUB])
+    assert parse(f"{call}{thought}Done.") == (f"{thought}Done.", [SUB])
 
 
 @pytest.mark.parametrize("said", ["<think>", "</think>", "</tool_call>", "<tool_call>", 'a "</tool_call>" \\ }'])
@@ -146,6 +147,13 @@ def test_a_call_that_cannot_be_read_ends_where_it_did():
     assert content == broken
     assert "not valid JSON" in calls[0].error
     assert calls[1:] == [SUB]
+
+
+def test_a_tag_inside_a_string_ends_no_call_that_junk_follows():
+    text = '<tool_call>{"name": "sub", "arguments": {"q": "</tool_call>"}} junk</tool_call>'
+    content, (call,) = PARSERS["hermes"].parse(text)
+    assert content == text
+    assert "extra data" in call.error
 
 
 PIECES = [

@@ -110,6 +110,11 @@ def test_a_prompt_is_tokenized_once_for_its_group(tmp_path, tokenizer, monkeypat
     ids[0].append(0)
     assert ids[1] != ids[0]
 
+    monkeypatch.setattr(
+        trl.GRPOTrainer, "_tokenize_prompts", lambda self, _: ([[1], [2]], None, {"types": [[3], [4]]})
+    )
+    assert trainer._tokenize_prompts(rows) == ([[1], [1], [2], [1]], None, {"types": [[3], [3], [4], [3]]})
+
 
 def test_isinstance_and_subclassing(tmp_path, model, tokenizer):
     class Mine(EnhancedGRPOTrainer):

@@ -1,6 +1,7 @@
 """`EnhancedGRPOTrainer` on the trainer that Unsloth generates for GPUs, without one."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ pytestmark = pytest.mark.unsloth
 
 
 @pytest.fixture(scope="module")
-def lines():
+def lines(tmp_path_factory):
     command = [sys.executable, str(Path(__file__).with_name("unsloth_on_cpu.py")), "0", "0.1"]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    environment = {**os.environ, "TMPDIR": str(tmp_path_factory.mktemp("unsloth"))}
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=environment)
     assert finished.returncode == 0, finished.stderr[-3000:]
     return [json.loads(line) for line in finished.stdout.splitlines() if line.startswith('{"')]
 

@@ -44,22 +44,20 @@ class HermesParser:
     _end = re.compile(r"</tool_call>|(?=<tool_call>)|\Z")
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        content, calls = "", []
-        for thought, said in _split_thoughts(text):
-            content += thought
-            position = 0
-            while (start := said.find(self.tag, position)) >= 0:
-                content += said[position:start]
-                call, position = self._call_at(said, start + len(self.tag))
-                calls.append(call)
-                content += said[start:position] if call.error else ""
-            content += said[position:]
-        return content.strip(), calls
+        return _outside_thoughts(text, self._parse)
+
+    def _parse(self, text: str) -> tuple[str, list[ToolCall]]:
+        content, calls, position = "", [], 0
+        while (start := text.find(self.tag, position)) >= 0:
+            content += text[position:start]
+            call, position = self._call_at(text, start + len(self.tag))
+            calls.append(call)
+            content += text[start:position] if call.error else ""
+        return content + text[position:], calls
 
     def _call_at(self, text: str, start: int) -> tuple[ToolCall, int]:
         """The call whose JSON begins at `start`, and where it ends, for which tags inside its strings mean nothing."""
-        length = _json_length(text[start:])
-        end = self._end.match(text, start + length) or self._end.search(text, start)
+        end = self._end.search(text, start + _json_length(text[start:]))
         assert end is not None  # the end of the text is one
         return _read_json(text[start : end.start()], arguments="arguments"), end.end()
 
@@ -70,15 +68,14 @@ class Llama3JsonParser:
     tag = "<|python_tag|>"
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        thoughts, said = _thoughts_first(text)
-        content, tag, body = said.rpartition(self.tag)
-        if not tag:
-            content, body = "", said
-            if not (body.lstrip().startswith("{") and '"name"' in body):
-                return text.strip(), []
+        return _outside_thoughts(text, self._parse)
+
+    def _parse(self, text: str) -> tuple[str, list[ToolCall]]:
+        content, tag, body = text.rpartition(self.tag)
+        if not tag and not (body.lstrip().startswith("{") and '"name"' in body):
+            return text, []
         calls = [_call_from(value, arguments="parameters") for value in _json_values(body.strip(), between=";")]
-        failed = any(call.error for call in calls)
-        return (text if failed else thoughts + content).strip(), calls
+        return text if any(call.error for call in calls) else content, calls
 
 
 class MistralParser:
@@ -88,8 +85,10 @@ class MistralParser:
     _named = re.compile(r"\s*([\w.-]+)\s*(?:\[CALL_ID\]\s*(\w+)\s*)?(?:\[ARGS\])?\s*(\{.*)", re.DOTALL)
 
     def parse(self, text: str) -> tuple[str, list[ToolCall]]:
-        thoughts, said = _thoughts_first(text)
-        content, *bodies = said.split(self.tag)
+        return _outside_thoughts(text, self._parse)
+
+    def _parse(self, text: str) -> tuple[str, list[ToolCall]]:
+        content, *bodies = text.split(self.tag)
         calls: list[ToolCall] = []
         for body in bodies:
             named = self._named.fullmatch(body)
@@ -102,8 +101,7 @@ class MistralParser:
             values = _json_values(body.strip(), between=",")
             listed = values[0] if len(values) == 1 and isinstance(values[0], list) else values
             calls += [_call_from(value, arguments="arguments") for value in listed]
-        failed = any(call.error for call in calls)
-        return (text if failed else thoughts + content).strip(), calls
+        return text if any(call.error for call in calls) else content, calls
 
 
 PARSERS: dict[str, ToolCallParser] = {
@@ -255,10 +253,14 @@ def _split_thoughts(text: str) -> list[tuple[str, str]]:
     return [*pairs, (text[start:said], text[said:])]
 
 
-def _thoughts_first(text: str) -> tuple[str, str]:
-    """A turn up to the end of its last thought, and what is said after that."""
-    said = _split_thoughts(text)[-1][1]
-    return text[: len(text) - len(said)], said
+def _outside_thoughts(text: str, parse: Callable[[str], tuple[str, list[ToolCall]]]) -> tuple[str, list[ToolCall]]:
+    """What `parse` makes of what is said outside the thoughts, which stay in the text."""
+    content, calls = "", []
+    for thought, said in _split_thoughts(text):
+        spoken, found = parse(said)
+        content += thought + spoken
+        calls += found
+    return content.strip(), calls
 
 
 def _read_json(text: str, *, arguments: str) -> ToolCall:

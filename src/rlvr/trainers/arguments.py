@@ -87,18 +87,12 @@ def training_arguments(
 
 
 def grpo_config(arguments: dict[str, Any]) -> GRPOConfig:
-    """`trl.GRPOConfig(**arguments)` with what was asked for: Unsloth's class overrides some of it.
+    """`trl.GRPOConfig(**arguments)` with the scaling of rewards that was asked for.
 
-    With the loss dr_grpo it switches `scale_rewards` off, for example, and prints that it did.
+    With the loss dr_grpo, Unsloth's class switches it off whatever is asked, and prints that it did.
     """
     from trl import GRPOConfig
 
     config = GRPOConfig(**arguments)
-    if not hasattr(config, "unsloth_num_chunks"):  # Unsloth's class has the name and module of TRL's
-        return config
-    for name, asked in arguments.items():
-        found = getattr(config, name)
-        if isinstance(asked, (bool, int, float, str)) and found != asked:
-            logger.info("%s is %r again, which Unsloth made %r.", name, asked, found)
-            setattr(config, name, asked)
+    config.scale_rewards = arguments["scale_rewards"]
     return config

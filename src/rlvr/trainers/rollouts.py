@@ -91,9 +91,10 @@ class RolloutMixin(_Base):
         groups: dict[str, int] = {}
         group_of = [groups.setdefault(repr(prompt), len(groups)) for prompt in prompts]
         ids, images, fields = super()._tokenize_prompts([prompts[group_of.index(group)] for group in groups.values()])
-        if images or fields:  # of rows
+        if images is not None:  # they come in one row for all prompts
             return super()._tokenize_prompts(prompts)
-        return [list(ids[group]) for group in group_of], images, fields
+        by_row = {name: [values[group] for group in group_of] for name, values in fields.items()}
+        return [list(ids[group]) for group in group_of], None, by_row
 
     def _generate(self, prompts: list[Any]) -> Any:
         start = time.perf_counter()

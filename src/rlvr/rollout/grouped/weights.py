@@ -63,7 +63,7 @@ def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as undo, torch.no_grad():
         tied = _shared_parameters(modules)
-        room = _room(next(modules[0].parameters()).device)  # asked once: the driver takes its time to answer
+        room = _room(modules[0])  # asked once: the driver takes its time to answer
         for parent in modules:
             children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
             for name, layer in list(children.items()):
@@ -119,13 +119,18 @@ def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
         vars(module)["training"] = training  # what setting the attribute does, without the ceremony of a module
 
 
-def _room(device: torch.device) -> float:
-    """Bytes of originals that can stay on the device, 4 GiB left for the rollout; others go to the host's memory."""
+def _room(model: nn.Module) -> float:
+    """Bytes of originals that can stay on the device; others go to the host's memory.
+
+    For the rollout are left 4 GiB, and an eighth of the weights, of which copies of the projections take about half.
+    """
+    weights = list(model.parameters())
+    device = weights[0].device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
     reserved_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + reserved_unused - 4 * 2**30
+    return free + reserved_unused - 4 * 2**30 - sum(weight.nbytes for weight in weights) // 8
 
 
 def _shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:

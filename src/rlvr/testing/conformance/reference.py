@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -74,14 +75,17 @@ class _Oracle:
     """The process. A question is a line of JSON and a file of tensors, and so is the answer."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="rlvr-oracle-")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "rlvr.testing.conformance.oracle", self._folder.name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._temporary = tempfile.TemporaryDirectory(prefix="rlvr-oracle-")
+        self._folder = Path(self._temporary.name)
+        with open(self._folder / "errors.txt", "w", encoding="utf-8") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "rlvr.testing.conformance.oracle", str(self._folder)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
         atexit.register(self._process.kill)
 
     def ask(self, job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -89,12 +93,23 @@ class _Oracle:
         Raises:
             RuntimeError: the oracle could not compute it, with its reason.
         """
-        save_file(tensors, Path(self._folder.name, "question.safetensors"))
+        save_file(tensors, self._folder / "question.safetensors")
+        answer = self._exchange(json.dumps(job) + "\n")
+        if not answer:
+            _oracle.cache_clear()  # the next question gets a new one
+            last = (self._folder / "errors.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
+            raise RuntimeError(f"the process that computes references has ended: {''.join(last) or 'it said nothing'}")
+        if error := json.loads(answer)["error"]:
+            raise RuntimeError(f"the reference could not be computed: {error}")
+        return load_file(self._folder / "answer.safetensors")
+
+    def _exchange(self, line: str) -> str:
+        """The line that it answers, empty if it has ended."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(job) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline() or '{"error": "its process has ended"}')
-        if answer["error"]:
-            raise RuntimeError(f"the reference could not be computed: {answer['error']}")
-        return load_file(Path(self._folder.name, "answer.safetensors"))
+        try:
+            self._process.stdin.write(line)
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return ""
+        return self._process.stdout.readline()
