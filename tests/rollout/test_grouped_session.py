@@ -108,3 +108,25 @@ def test_what_is_masked_in_a_cache_is_never_attended(model, monkeypatch):
     expected = completed(greedy(model))
     monkeypatch.setattr(runner, "Cache", Poisoned)
     assert completed(greedy(model)) == expected
+
+
+def test_a_runner_is_kept_while_batches_differ_a_little(model, monkeypatch):
+    """On CUDA its graphs are kept with it, which take seconds to make."""
+    engine = greedy(model)
+    engine._keep_memory = True
+    longer, more = [[7] * 100, [5] * 3], [[5, 6, 7], [9], [8, 8]]
+    expected = [completed(greedy(model), prompts) for prompts in (longer, more, PROMPTS)]
+
+    assert completed(engine, longer) == expected[0]
+    first = engine._runner
+    assert completed(engine, more) == expected[1]
+    second = engine._runner
+    assert second is not first
+    shape = second.cache.shape
+    assert (shape.groups, shape.prompt_tokens) == (3, 128)  # of one batch and of the other
+    assert [completed(engine, prompts) for prompts in (longer, more)] == expected[:2]
+    assert engine._runner is second
+
+    monkeypatch.setattr("rlvr.rollout.grouped.engine.SPARE_BYTES", 0)
+    assert completed(engine, [[9]]) == [expected[1][1]]
+    assert engine._runner.cache.shape.groups == 1  # more than twice what is needed is given back

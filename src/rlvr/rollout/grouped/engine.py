@@ -22,6 +22,8 @@ from rlvr.rollout.grouped.weights import causal_lm, fingerprint, rollout_mode
 
 Execution = Literal["auto", "graphs", "kernels", "eager"]
 
+SPARE_BYTES = 2**30  # of a cache that is kept for the graphs that were made for it, whatever the rollout needs
+
 logger = logging.getLogger(__name__)
 
 
@@ -128,18 +130,24 @@ class GroupedEngine:
                 self._runner = None
 
     def _runner_for(self, shape: CacheShape) -> Runner:
-        """The last rollout's runner, with its graphs, where it is large enough and not wasteful; else a new one."""
+        """The last rollout's runner, with its graphs, where it is large enough and not wasteful; else a new one.
+
+        A new one is large enough for both rollouts, so that batches that differ a little do not replace each other.
+        """
         current, kept = fingerprint(self._model), self._runner
-        if (
-            kept is None
-            or current != self._fingerprint
-            or not shape.fits_in(kept.cache.shape)
-            or kept.cache.shape.tokens > 2 * shape.tokens
-        ):
-            kept = self._runner = None  # its memory goes before the new one's comes
-            kept = self._runner = self._new_runner(shape)
-            self._fingerprint = current
-        return kept
+        if kept is not None and current == self._fingerprint:
+            joined = shape.joined(kept.cache.shape)
+            if joined == kept.cache.shape and not self._wastes(joined, shape):
+                return kept
+            if not self._wastes(joined, shape):
+                shape = joined
+        kept = self._runner = None  # its memory goes before the new one's comes
+        self._runner, self._fingerprint = self._new_runner(shape), current
+        return self._runner
+
+    def _wastes(self, shape: CacheShape, needed: CacheShape) -> bool:
+        spare = shape.bytes(self._model.dtype) - needed.bytes(self._model.dtype)
+        return shape.tokens > 2 * needed.tokens and spare > SPARE_BYTES
 
     def _new_runner(self, shape: CacheShape) -> Runner:
         settings: dict[str, Any] = {
