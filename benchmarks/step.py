@@ -8,8 +8,8 @@ optimizer step `--groups` prompts and `--group-size` completions of each, `--com
 all linear layers, bfloat16 on a GPU and float32 on a CPU, loss dr_grpo, beta 0. A micro-batch is one group for the
 peers and four for `rlvr`, which are about as many tokens once a prompt is computed once (`--micro-batch-groups` sets
 it for all). What a user would write for each of them; `trl` and `unsloth` use nothing of ours, and `rlvr-unsloth`
-against `unsloth` is what our layer costs there. Several values of
-`--group-size`, `--prompt-tokens` or `--completion-tokens` make a sweep.
+against `unsloth` is what our layer costs there. Several values of `--group-size`, `--prompt-tokens` or
+`--completion-tokens` make a sweep.
 
 Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step. Rollout
 is what makes completions; scoring is rewards, advantages and extra forward passes; update is the rest.

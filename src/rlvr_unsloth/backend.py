@@ -28,7 +28,6 @@ from rlvr.backends.checks import (  # noqa: E402
     check_lora_target,
     check_model_folder,
     check_tokenizer,
-    forked_rng,
     linear_names,
     load_config,
     load_tokenizer,
@@ -113,7 +112,7 @@ class UnslothBackend:
         if applied.target_modules == "all-linear":
             applied = replace(applied, target_modules=tuple(linear_names(policy.model)))
         targets = applied.target_modules
-        with _output_to_stderr(), forked_rng(policy.model):
+        with _output_to_stderr(), _random_state_kept():
             try:
                 adapted: Any = unsloth.FastLanguageModel.get_peft_model(
                     policy.model,
@@ -356,7 +355,7 @@ def _from_pretrained(
 
 @contextlib.contextmanager
 def _random_state_kept() -> Iterator[None]:
-    """On a GPU, loading seeds the generators of Python, NumPy and torch."""
+    """On a GPU, loading and `get_peft_model` seed the generators of Python, NumPy and torch."""
     python, numpy_state = random.getstate(), numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):

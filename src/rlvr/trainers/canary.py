@@ -28,12 +28,16 @@ def computed_in(trainer: Any) -> torch.dtype:
     Unsloth's trainer switches autocast on for float32 weights, in its arguments.
     """
     dtypes = [trainer.model.dtype] + [torch.bfloat16] * trainer.args.bf16 + [torch.float16] * trainer.args.fp16
-    return max(dtypes, key=lambda dtype: BOUNDS.get(dtype, BOUNDS[torch.bfloat16]))
+    return max(dtypes, key=_bound)
 
 
 def bound_of(trainer: Any) -> float:
     """In nats, see `BOUNDS`."""
-    return BOUNDS.get(computed_in(trainer), BOUNDS[torch.bfloat16])
+    return _bound(computed_in(trainer))
+
+
+def _bound(dtype: torch.dtype) -> float:
+    return BOUNDS.get(dtype, BOUNDS[torch.bfloat16])
 
 
 @dataclass(frozen=True)

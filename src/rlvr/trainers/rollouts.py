@@ -88,11 +88,13 @@ class RolloutMixin(_Base):
         """As TRL's, each distinct prompt once: those of a group are equal."""
         if self.environment_factories is not None:  # then a row's tools are its environment's
             return super()._tokenize_prompts(prompts)
-        groups: dict[str, int] = {}
-        group_of = [groups.setdefault(repr(prompt), len(groups)) for prompt in prompts]
-        ids, images, fields = super()._tokenize_prompts([prompts[group_of.index(group)] for group in groups.values()])
+        keys = [repr(prompt) for prompt in prompts]
+        distinct = dict(zip(keys, prompts, strict=True))
+        ids, images, fields = super()._tokenize_prompts(list(distinct.values()))
         if images is not None:  # they come in one row for all prompts
             return super()._tokenize_prompts(prompts)
+        groups = {key: group for group, key in enumerate(distinct)}
+        group_of = [groups[key] for key in keys]
         by_row = {name: [values[group] for group in group_of] for name, values in fields.items()}
         return [list(ids[group]) for group in group_of], None, by_row
 

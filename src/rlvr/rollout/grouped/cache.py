@@ -44,9 +44,6 @@ class CacheShape:
     def bytes(self, dtype: torch.dtype) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.tokens * dtype.itemsize
 
-    def fits_in(self, other: CacheShape) -> bool:
-        return all(getattr(self, field.name) <= getattr(other, field.name) for field in fields(self))
-
     def joined(self, other: CacheShape) -> CacheShape:
         """The smallest that both fit in."""
         return CacheShape(**{f.name: max(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})

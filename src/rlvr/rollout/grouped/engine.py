@@ -137,9 +137,9 @@ class GroupedEngine:
         current, kept = fingerprint(self._model), self._runner
         if kept is not None and current == self._fingerprint:
             joined = shape.joined(kept.cache.shape)
-            if joined == kept.cache.shape and not self._wastes(joined, shape):
-                return kept
             if not self._wastes(joined, shape):
+                if joined == kept.cache.shape:
+                    return kept
                 shape = joined
         kept = self._runner = None  # its memory goes before the new one's comes
         self._runner, self._fingerprint = self._new_runner(shape), current

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,7 +36,7 @@ def rollout_mode(model: Any, *, merge: bool = True) -> Iterator[None]:
     rounds, so W is not recomputed by subtraction but kept.
     """
     with ExitStack() as undo:
-        modules = list(model.modules())  # walked once a rollout: an adapted model of 28 layers has more than 2,000
+        modules = list(model.modules())  # walked once: an adapted model of 28 layers has more than 2,000
         training = [module for module in modules if module.training]
         undo.callback(_set_training, training, True)
         _set_training(training, False)
@@ -63,7 +64,7 @@ def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
     """
     with ExitStack() as undo, torch.no_grad():
         tied = _shared_parameters(modules)
-        room = _room(modules[0])  # asked once: the driver takes its time to answer
+        room = _room(modules)  # asked once: the driver takes its time to answer
         for parent in modules:
             children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
             for name, layer in list(children.items()):
@@ -110,8 +111,7 @@ def fingerprint(model: nn.Module) -> tuple[Any, ...]:
         for layer in modules
         if isinstance(layer, LoraLayer)
     ]
-    parameters = (parameter for module in modules for parameter in module._parameters.values())
-    return tuple(p.data_ptr() for p in parameters if p is not None), tuple(adapters)
+    return tuple(parameter.data_ptr() for parameter in _parameters(modules)), tuple(adapters)
 
 
 def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
@@ -119,13 +119,18 @@ def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
         vars(module)["training"] = training  # what setting the attribute does, without the ceremony of a module
 
 
-def _room(model: nn.Module) -> float:
+def _parameters(modules: Sequence[nn.Module]) -> Iterator[nn.Parameter]:
+    """As each module has them: those that several share come as often."""
+    return (p for module in modules for p in module._parameters.values() if p is not None)
+
+
+def _room(modules: Sequence[nn.Module]) -> float:
     """Bytes of originals that can stay on the device; others go to the host's memory.
 
     For the rollout are left 4 GiB, and an eighth of the weights, of which copies of the projections take about half.
     """
-    weights = list(model.parameters())
-    device = weights[0].device
+    weights = set(_parameters(modules))
+    device = next(iter(weights)).device
     if device.type != "cuda":
         return float("inf")
     free, _ = torch.cuda.mem_get_info(device)
@@ -135,9 +140,4 @@ def _room(model: nn.Module) -> float:
 
 def _shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
     """Parameters that stand in more than one module, such as tied embeddings."""
-    holders: dict[nn.Parameter, int] = {}
-    for module in modules:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                holders[parameter] = holders.get(parameter, 0) + 1
-    return {parameter for parameter, count in holders.items() if count > 1}
+    return {parameter for parameter, count in Counter(_parameters(modules)).items() if count > 1}
