@@ -10,7 +10,7 @@ UNSLOTH := .venv-unsloth
 PYTEST := -m pytest
 GPU_TESTS = $$(grep -rl "mark.gpu" tests --include=*.py)
 
-.PHONY: quickstart test check lint test-unsloth gpu-test clean
+.PHONY: quickstart test check lint test-unsloth gpu-test gpu-test-core gpu-test-unsloth clean
 
 quickstart: $(LATEST)/.ready
 	$(LATEST)/bin/rlvr train
@@ -30,8 +30,12 @@ test-unsloth: $(UNSLOTH)/.ready
 	$(UNSLOTH)/bin/python $(PYTEST) -m "(unsloth or both) and not slow and not gpu"
 
 # two processes: Unsloth patches the one that imports it
-gpu-test:
+gpu-test: gpu-test-core gpu-test-unsloth
+
+gpu-test-core:
 	RLVR_TEST_UNSLOTH=0 PYTHONPATH=src:$$PYTHONPATH $(PYTHON) $(PYTEST) -m "gpu and not unsloth" $(GPU_TESTS)
+
+gpu-test-unsloth:
 	PYTHONPATH=src:$$PYTHONPATH $(PYTHON) $(PYTEST) -m "gpu and unsloth" $(GPU_TESTS)
 
 $(LATEST)/.ready: pyproject.toml constraints/latest.txt
