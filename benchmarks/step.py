@@ -18,6 +18,7 @@ is what makes completions; scoring is rewards, advantages and extra forward pass
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -52,6 +53,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rollout-engine", default="auto")
     parser.add_argument("--shared-prefix", default="auto")
     parser.add_argument("--model", help=argparse.SUPPRESS)
+    parser.add_argument("--models", help="keep the models that are made in this folder, and take those in it")
     parser.add_argument("--out", help="append the JSON lines to this file")
     return parser.parse_args()
 
@@ -62,12 +64,15 @@ def main() -> None:
         print("RESULT " + json.dumps(measure(options)), flush=True)
         return
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, __file__, "--shape", options.shape, "--model", folder + "/build"], check=True)
+    kept = contextlib.nullcontext(options.models) if options.models else tempfile.TemporaryDirectory()
+    with kept as folder:
+        model = str(Path(folder, options.shape))
+        if not Path(model).exists():
+            subprocess.run([sys.executable, __file__, "--shape", options.shape, "--model", model], check=True)
         sweep = itertools.product(options.prompt_tokens, options.completion_tokens, options.group_size, options.peers)
         for prompt_tokens, completion_tokens, group_size, peer in sweep:
             command = [
-                sys.executable, __file__, "--model", folder + "/build", "--shape", options.shape, "--peers", peer,
+                sys.executable, __file__, "--model", model, "--shape", options.shape, "--peers", peer,
                 "--prompt-tokens", str(prompt_tokens), "--completion-tokens", str(completion_tokens),
                 "--group-size", str(group_size), "--groups", str(options.groups), "--steps", str(options.steps),
                 "--rollout-engine", options.rollout_engine, "--shared-prefix", options.shared_prefix,
@@ -163,6 +168,7 @@ def measure(options: argparse.Namespace) -> dict:
         "engine": getattr(getattr(trainer, "engine", None), "name", None),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "steps": len(steps),
+        "each_step_s": [round(seconds, 3) for seconds in steps],
     }
 
 

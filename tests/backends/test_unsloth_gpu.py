@@ -53,11 +53,22 @@ def environment(tools):
     )
 
 
+def model_folder(folder, initializer_range):
+    """Large enough for Unsloth's kernels and for 4-bit blocks."""
+    sizes = {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512}
+    return save_tiny(folder, initializer_range=initializer_range, **sizes)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Large enough for Unsloth's kernels and for 4-bit blocks; its logits differ, so that rewards do."""
-    sizes = {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512}
-    return save_tiny(tmp_path_factory.mktemp("models") / "qwen2", initializer_range=0.1, **sizes)
+    """Its logits differ, so that rewards do."""
+    return model_folder(tmp_path_factory.mktemp("models") / "qwen2", 0.1)
+
+
+@pytest.fixture(scope="module")
+def smooth_folder(tmp_path_factory):
+    """4 bits change its log-probabilities by 0.2 nats, as a real model's; those of the other by 0.6."""
+    return model_folder(tmp_path_factory.mktemp("models") / "smooth", 0.05)
 
 
 def loaded(folder, quantization="none"):
@@ -105,10 +116,10 @@ def test_unsloths_own_trainer_trains_the_adapter_alone(folder, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("quantization", ["none", "4bit"])
-def test_a_saved_adapter_loads_back_as_the_same_policy(folder, tmp_path, quantization):
+def test_a_saved_adapter_loads_back_as_the_same_policy(smooth_folder, tmp_path, quantization):
     """The hash of the live adapter is the loaded one's, and an export passes its own comparison."""
     run = rlvr.train(
-        environment(False), loaded(folder, quantization), "unsloth", **SMALL, max_steps=2,
+        environment(False), loaded(smooth_folder, quantization), "unsloth", **SMALL, max_steps=2,
         output_dir=tmp_path / "run",
     )  # fmt: skip
     again = load_backend("unsloth").load_saved(run.folder / "adapter", run.policy.settings)

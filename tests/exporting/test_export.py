@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
-from short_runs import environment
+from short_runs import SMALL, environment
 from transformers import AutoModelForCausalLM
 
 import rlvr
@@ -160,6 +161,33 @@ def test_a_faulty_export_is_an_error_and_leaves_nothing(trained, backend, export
         rlvr.export(run, export_format, backend=backend)
     assert files(run) == before
     assert not (run / "exports").exists()
+
+
+class RoundsTheBase(HFBackend):
+    """Stands in for quantization that loses much: of each weight only the sign is kept."""
+
+    def capabilities(self):
+        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit"}))
+
+    def load_policy(self, settings):
+        policy = super().load_policy(replace(settings, quantization="none"))
+        if settings.quantization == "4bit":
+            with torch.no_grad():
+                for layer in policy.model.modules():
+                    if isinstance(layer, torch.nn.Linear):
+                        layer.weight.copy_(layer.weight.sign() * layer.weight.abs().mean())
+        return replace(policy, settings=settings)
+
+
+@pytest.mark.both
+def test_quantization_that_a_merged_export_cannot_follow_leaves_the_adapter(lively_model, tmp_path):
+    backend = RoundsTheBase()
+    run = rlvr.train(
+        environment(), lively_model, backend, **SMALL, max_steps=2, load_in_4bit=True, output_dir=tmp_path / "run"
+    )
+    with pytest.raises(ExportError, match=r"trained on weights in 4bit.* --format adapter keeps .*--load-in-4bit"):
+        rlvr.export(run, "merged-16bit", backend=backend)
+    assert rlvr.export(run, backend=backend).parity.kept == pytest.approx(1)
 
 
 @pytest.mark.both

@@ -138,11 +138,22 @@ def _written_and_compared(
     if problems:
         raise ExportError(
             f"the {export_format} export of {str(source.folder)!r} is not the policy that was trained, and is not "
-            f"kept: {'; '.join(problems)}."
+            f"kept: {'; '.join(problems)}.{_way_out(source, export_format)}"
         )
     if parity.doubt is not None:
         logger.warning("%s.", parity.doubt)
     return parity
+
+
+def _way_out(source: Source, export_format: ExportFormat) -> str:
+    """What else can be had, where the format itself may be the cause."""
+    quantization = source.settings.quantization
+    if quantization == "none" or export_format == "adapter":
+        return ""
+    return (
+        f" The policy was trained on weights in {quantization}, and the export holds others. --format adapter keeps "
+        f"what was trained; load it with --load-in-{quantization}."
+    )
 
 
 def _trained(source: Source, backend: ModelBackend) -> LoadedPolicy:
