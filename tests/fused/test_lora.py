@@ -8,7 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlvr.fused.lora import _LoraProduct, fuse_lora, unfuse_lora
+from rlvr.fused import lora
+from rlvr.fused.lora import fuse_lora, unfuse_lora
 from rlvr.testing.tiny import tiny_model
 
 INPUT = torch.arange(3, 23).view(2, 10)
@@ -44,8 +45,8 @@ def assert_same(model, peft, **tolerance):
 def calls(monkeypatch):
     """How often the fused product runs."""
     seen = []
-    apply = _LoraProduct.apply
-    monkeypatch.setattr(_LoraProduct, "apply", lambda *args: seen.append(1) or apply(*args))
+    product = lora._lora_product
+    monkeypatch.setattr(lora, "_lora_product", lambda *args: seen.append(1) or product(*args))
     return seen
 
 
@@ -66,7 +67,7 @@ def test_gradcheck():
     )
     for tensor in (x, a, b):
         tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *free: _LoraProduct.apply(free[0], weight, bias, *free[1:], 1.5), (x, a, b))
+    assert torch.autograd.gradcheck(lambda *free: lora._lora_product(free[0], weight, bias, *free[1:], 1.5), (x, a, b))
 
 
 def test_under_autocast_as_near_to_float32_as_peft(calls):
@@ -89,6 +90,18 @@ def test_with_gradient_checkpointing(calls):
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model, peft, rtol=1e-4, atol=1e-6)
     assert len(calls) == 2 * layers
+
+
+def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkeypatch):
+    model, _ = lora_model("llama")
+    layers = fuse_lora(model)
+    blocks = model.get_base_model().config.num_hidden_layers
+    outputs = []
+    apply = lora._LoraOutput.apply
+    monkeypatch.setattr(lora._LoraOutput, "apply", lambda *args: outputs.append(1) or apply(*args))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    outputs_and_gradients(model)
+    assert len(outputs) == 2 * layers - blocks
 
 
 @pytest.mark.parametrize(

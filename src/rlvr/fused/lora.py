@@ -16,36 +16,79 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 
-class _LoraProduct(torch.autograd.Function):
+def _lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """x (n, in), W (out, in), b (out,) or None, A (r, in), B (out, r); W and b are frozen."""
+    promised, hidden, low_rank_b = _LoraInput.apply(x, weight, a, b, scaling)
+    return _LoraOutput.apply(promised, x, hidden, weight, bias, low_rank_b, scaling)
+
+
+class _LoraInput(torch.autograd.Function):
+    """The narrow product, and the backward pass of both.
+
+    It saves all that the backward pass needs before the output is computed. Gradient checkpointing stops to compute
+    again once everything is saved: so the last layer of a block, `down_proj`, does not compute its output twice.
+
+    Returns:
+        What `_LoraOutput` takes: a tensor of the output's shape that holds nothing, for the gradient to come back
+        through; x Aᵀ (n, r); and B in x's dtype.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float
-    ) -> Tensor:
+        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         low_rank_a, low_rank_b = a.to(x.dtype), b.to(x.dtype)
         hidden = x @ low_rank_a.t()
-        # The narrow product first: the wide one, which has the time for it, then adds up.
-        if bias is None:
-            output = (hidden * scaling) @ low_rank_b.t()
-        else:
-            output = torch.addmm(bias, hidden, low_rank_b.t(), alpha=scaling)
-        output.addmm_(x, weight.t())
+        promised = x.new_empty(()).expand(len(x), len(weight))
         ctx.save_for_backward(x, weight, low_rank_a, low_rank_b, hidden)
         ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
-        return output
+        ctx.mark_non_differentiable(hidden, low_rank_b)
+        return promised, hidden, low_rank_b
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         x, weight, a, b, hidden = ctx.saved_tensors
-        grad_hidden = (grad @ b).mul_(ctx.scaling)
+        grad_hidden = _scaled_product(grad, b, ctx.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = (grad_hidden @ a).addmm_(grad, weight)
         grad_a = (grad_hidden.t() @ x).to(ctx.adapter_dtype)
-        grad_b = (grad.t() @ hidden).mul_(ctx.scaling).to(ctx.adapter_dtype)
-        return grad_x, None, None, grad_a, grad_b, None
+        grad_b = _scaled_product(grad.t(), hidden, ctx.scaling).to(ctx.adapter_dtype)
+        return grad_x, None, grad_a, grad_b, None
+
+
+class _LoraOutput(torch.autograd.Function):
+    """The output; its gradient goes to `promised`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        promised: Tensor,
+        x: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_rank_b: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        # The narrow product first: the wide one, which has the time for it, then adds up.
+        if bias is None:
+            output = _scaled_product(hidden, low_rank_b.t(), scaling)
+        else:
+            output = torch.addmm(bias, hidden, low_rank_b.t(), alpha=scaling)
+        return output.addmm_(x, weight.t())
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None, None, None, None, None, None
+
+
+def _scaled_product(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """scale · (one @ other), in one kernel."""
+    result = one.new_empty(one.shape[0], other.shape[1])
+    return result.addmm_(one, other, beta=0, alpha=scale)
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -92,7 +135,7 @@ class _Forward:
             return LoraLinear.forward(layer, x)
         bias = None if base.bias is None else base.bias.to(dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        output = _LoraProduct.apply(flat, base.weight.to(dtype), bias, a, b, layer.scaling[adapter])
+        output = _lora_product(flat, base.weight.to(dtype), bias, a, b, layer.scaling[adapter])
         return output.view(*x.shape[:-1], -1)
 
 
