@@ -119,7 +119,7 @@ class _Forward:
     """The forward of one layer. An object, so that in a copy of the model it belongs to the copied layer."""
 
     def __init__(self, layer: LoraLinear):
-        self.layer = layer
+        self.layer: Any = layer
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         layer = self.layer
