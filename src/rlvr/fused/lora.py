@@ -43,6 +43,7 @@ class _LoraInput(torch.autograd.Function):
         ctx.save_for_backward(x, weight, low_rank_a, low_rank_b, hidden)
         ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
         ctx.mark_non_differentiable(hidden, low_rank_b)
+        ctx.set_materialize_grads(False)  # theirs would be zeros, made for nothing
         return promised, hidden, low_rank_b
 
     @staticmethod
