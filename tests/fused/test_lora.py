@@ -70,6 +70,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *free: lora._lora_product(free[0], weight, bias, *free[1:], 1.5), (x, a, b))
 
 
+@pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
+def test_an_input_without_rows_has_an_output_without_rows(shape):
+    model, peft = lora_model("llama")
+    fuse_lora(model)
+    layer, own = (m.get_base_model().model.layers[0].self_attn.k_proj for m in (model, peft))
+    assert layer(torch.ones(shape)).shape == own(torch.ones(shape)).shape
+
+
 def test_under_autocast_as_near_to_float32_as_peft(calls):
     model, peft = lora_model()
     fuse_lora(model)

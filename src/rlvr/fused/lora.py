@@ -25,8 +25,9 @@ def _lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: 
 class _LoraInput(torch.autograd.Function):
     """The narrow product, and the backward pass of both.
 
-    It saves all that the backward pass needs before the output is computed. Gradient checkpointing stops to compute
-    again once everything is saved: so the last layer of a block, `down_proj`, does not compute its output twice.
+    It saves all that the backward pass needs before the output is computed. Non-reentrant checkpointing stops to
+    compute again once everything is saved: so a block's last layer, `down_proj` where no norm follows it, does not
+    compute its output twice.
 
     Returns:
         What `_LoraOutput` takes: a tensor of the output's shape that holds nothing, for the gradient to come back
@@ -137,7 +138,7 @@ class _Forward:
         bias = None if base.bias is None else base.bias.to(dtype)
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
         output = _lora_product(flat, base.weight.to(dtype), bias, a, b, layer.scaling[adapter])
-        return output.view(*x.shape[:-1], -1)
+        return output.view(*x.shape[:-1], output.shape[-1])
 
 
 def _only_adapter(layer: LoraLinear) -> str | None:
