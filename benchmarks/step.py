@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 SHAPES = {  # hidden, intermediate, layers, heads, key/value heads, vocabulary: Qwen2.5's, and one for CPUs
@@ -167,6 +168,8 @@ def measure(options: argparse.Namespace) -> dict:
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "engine": getattr(getattr(trainer, "engine", None), "name", None),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "peft")},
         "steps": len(steps),
         "each_step_s": [round(seconds, 3) for seconds in steps],
     }
