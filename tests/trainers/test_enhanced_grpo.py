@@ -164,8 +164,14 @@ def test_what_unsloths_trainer_ignores_is_refused(monkeypatch, model, tmp_path):
     monkeypatch.setattr(trl, "GRPOTrainer", UnslothGRPOTrainer)
     model.for_training = model.for_inference = lambda: None
     args = grpo_config(tmp_path, use_adaptive_entropy=True, entropy_coef=0.01)
-    with pytest.raises(UnsupportedSettingError, match="Unsloth's trainer ignores it"):
+    with pytest.raises(
+        UnsupportedSettingError, match="use_adaptive_entropy is True, and Unsloth's trainer ignores it"
+    ):
         EnhancedGRPOTrainer(model=model, reward_funcs=distinct_characters, args=args)
+    with pytest.raises(UnsupportedSettingError, match=r"peft_config is given.*every weight would train"):
+        EnhancedGRPOTrainer(
+            model=model, reward_funcs=distinct_characters, args=grpo_config(tmp_path), peft_config=lora()
+        )
 
 
 def test_a_class_that_has_the_base_already_is_not_composed_again():

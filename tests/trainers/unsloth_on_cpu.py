@@ -1,10 +1,10 @@
 """Trains on Unsloth's generated trainer without a GPU, which it makes for GPUs only. A process of its own:
 
-    python unsloth_on_cpu.py BETA ...
+    python unsloth_on_cpu.py
 
 Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
-methods that mark Unsloth's. Prints JSON lines: the training arguments of a run with some losses; for each beta the
-trainer's classes, and the rows that it logged.
+methods that mark Unsloth's. Prints JSON lines: the training arguments of a run with some losses; of each training run
+the trainer's classes, and the rows that it logged.
 """
 
 import json
@@ -33,15 +33,35 @@ def length(completions, **_):
     return [float(len(completion)) for completion in completions]
 
 
-def train(beta):
-    from datasets import Dataset
+def with_adapter():
     from peft import LoraConfig, get_peft_model
+
+    from rlvr.testing.tiny import tiny_model
+
+    return get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules="all-linear"))
+
+
+def unlike_its_checkpoint():
+    """A model without adapters whose weights are no longer those on the disk."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from rlvr.testing.tiny import save_tiny
+
+    model = AutoModelForCausalLM.from_pretrained(save_tiny(Path(tempfile.mkdtemp()) / "model", initializer_range=0.2))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return model
+
+
+def train(name, model, beta):
+    from datasets import Dataset
     from tests_support import grpo_config
 
-    from rlvr.testing.tiny import tiny_model, tiny_tokenizer
+    from rlvr.testing.tiny import tiny_tokenizer
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    model = get_peft_model(tiny_model(initializer_range=0.2), LoraConfig(r=4, target_modules="all-linear"))
     model.for_training = lambda *args, **kwargs: model.train()
     model.for_inference = lambda *args, **kwargs: model.eval()
     trainer = EnhancedGRPOTrainer(
@@ -56,7 +76,7 @@ def train(beta):
     trainer.train()
     names = [base.__name__ for base in type(trainer).__mro__]
     rows = [row for row in trainer.state.log_history if "loss" in row]
-    print(json.dumps({"beta": beta, "classes": names, "rows": rows}))
+    print(json.dumps({"run": name, "classes": names, "rows": rows}))
 
 
 def configure(loss_type):
@@ -83,5 +103,6 @@ def configure(loss_type):
 sys.path.insert(0, str(Path(__file__).parents[1]))
 for loss_type in ("dapo", "dr_grpo", "cispo", "grpo"):
     configure(loss_type)
-for beta in map(float, sys.argv[1:]):
-    train(beta)
+train("beta 0", with_adapter(), 0.0)
+train("beta", with_adapter(), 0.1)
+train("every weight", unlike_its_checkpoint(), 0.1)

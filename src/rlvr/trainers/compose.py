@@ -46,16 +46,25 @@ def is_unsloth_class(trainer_class: type) -> bool:
     return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in trainer_class.__mro__)
 
 
-def refuse_what_unsloth_ignores(args: Any) -> None:
-    """Options of `GRPOConfig` that Unsloth's generated trainer passes over with a warning, or with none.
+def refuse_what_unsloth_ignores(args: Any, peft_config: Any) -> None:
+    """What Unsloth's generated trainer passes over with a warning, or with none.
+
+    Args:
+        peft_config: what TRL's trainer is to put on the model; None if nothing.
 
     Raises:
-        UnsupportedSettingError: one of them is set.
+        UnsupportedSettingError: there is something of it.
     """
     if getattr(args, "use_adaptive_entropy", False):
         raise UnsupportedSettingError(
             "use_adaptive_entropy is True, and Unsloth's trainer ignores it, its entropy_coef included. Use a fixed "
             "entropy_coef, or the backend 'hf'."
+        )
+    if peft_config is not None:
+        raise UnsupportedSettingError(
+            "peft_config is given for a model without adapters, and Unsloth's trainer ignores it: every weight would "
+            "train. Put the adapter on first, with FastLanguageModel.get_peft_model or "
+            "rlvr.load_policy(..., backend='unsloth', lora=...), and leave peft_config out."
         )
 
 

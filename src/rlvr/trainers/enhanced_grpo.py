@@ -102,8 +102,6 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         require_seams(trl.GRPOTrainer)
         provide_plain_head()
         args = copy.copy(args) if args is not None else trl.GRPOConfig(output_dir="outputs/grpo")
-        if self._on_unsloth_trainer:
-            refuse_what_unsloth_ignores(args)
         prepared = prepare_policy(
             model,
             peft_config,
@@ -111,6 +109,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             gradient_checkpointing=args.gradient_checkpointing,
             log=logger.warning,
         )
+        if self._on_unsloth_trainer:
+            refuse_what_unsloth_ignores(args, prepared.peft_config)
 
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         functions = [checked(function) for function in functions]
@@ -157,6 +157,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         )
         if own_reference:
             self._set_own_reference(beta, syncs)
+        else:
+            self._make_reference_as_given()
         self._set_up_tracking(trajectory_sinks)
         self._set_up_shared_prefix(shared_prefix)
         self._set_up_rollouts(rollout_engine, canary_every, tool_call_parser)

@@ -47,6 +47,13 @@ class LogProbabilityMixin(_Base):
         if syncs:
             self.add_callback(self.ref_model.sync_callback())
 
+    def _make_reference_as_given(self) -> None:
+        """Unsloth's trainer reads the reference of a model without adapters from its checkpoint again; the model as it
+        was given may have other weights."""
+        if self.ref_model is not None:
+            weights = self.accelerator.unwrap_model(self.model).state_dict()
+            self.accelerator.unwrap_model(self.ref_model).load_state_dict(weights)
+
     def _set_up_shared_prefix(self, asked: SharedPrefix) -> None:
         """
         Raises:
