@@ -35,6 +35,14 @@ def test_unsloths_generated_trainer_trains(lines):
         assert second > 1e-4
 
 
+def test_tool_text_is_not_in_the_loss(lines):
+    (found,) = (line for line in lines if "tools" in line)
+    from_formula, with_tool_text = found["tools"]
+    assert found["ignored"] > 0
+    assert from_formula < 0.02  # Unsloth computes some of it in half precision
+    assert with_tool_text > 0.1
+
+
 def test_a_runs_training_arguments_are_those_of_the_other_backend(lines):
     """By itself Unsloth masks truncated completions and widens the clip for dapo, and drops the scaling of dr_grpo."""
     found = {line["loss_type"]: line for line in lines if "is_unsloths" in line}

@@ -79,6 +79,75 @@ def train(name, model, beta):
     print(json.dumps({"run": name, "classes": names, "rows": rows}))
 
 
+def double(number: int) -> int:
+    """Doubles a number.
+
+    Args:
+        number: what to double.
+    """
+    return 2 * number
+
+
+def train_with_tools():
+    """How far the gradient is from that of the loss by its formula, and how far where tool tokens counted too."""
+    import torch
+    from tests_support import grpo_config
+    from transformers import TrainerCallback
+
+    import rlvr
+    from rlvr.testing.scripted import ScriptedEngine, tool_call
+    from rlvr.testing.tiny import tiny_tokenizer
+    from rlvr.trainers import EnhancedGRPOTrainer
+
+    tokenizer, model, length = tiny_tokenizer(), with_adapter(), 400
+    end = tokenizer.eos_token_id
+    script = [[tool_call("double", number=4), "it is 8"], ["no idea"]]
+    turns = [[[*tokenizer.encode(turn), end] for turn in script[row % 2]] for row in range(4)]
+    model.for_training = lambda *args, **kwargs: model.train()
+    model.for_inference = lambda *args, **kwargs: model.eval()
+    trainer = EnhancedGRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        env=rlvr.Environment(
+            name="doubling",
+            train_dataset=[{"question": "double 4"}] * 4,
+            rubric=rlvr.Rubric(lambda trajectory: float(trajectory.text.count("8"))),
+            tools=[double],
+        ),
+        args=grpo_config(
+            tempfile.mkdtemp(), optim="adamw_torch", gradient_accumulation_steps=1, max_steps=1, loss_type="dr_grpo",
+            max_completion_length=length, temperature=1.0, max_grad_norm=0.0,
+        ),
+    )  # fmt: skip
+    trainer.engine = ScriptedEngine(turns, end_id=end, with_logprobs=False)
+    batches = []
+    compute_loss = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, **kwargs: (
+        batches.append(inputs),
+        compute_loss(model, inputs, **kwargs),
+    )[1]
+
+    class Compare(TrainerCallback):
+        def on_pre_optimizer_step(self, *args, **kwargs):
+            (batch,) = batches
+            parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            found = torch.cat([parameter.grad.flatten() for parameter in parameters])
+            ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
+            mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
+            columns = batch["completion_ids"].shape[1]
+            logits = model(input_ids=ids, attention_mask=mask).logits[:, -columns - 1 : -1].float()
+            logps = logits.log_softmax(-1).gather(-1, batch["completion_ids"][..., None])[..., 0]
+            distances = []
+            for counted in (batch["completion_mask"] * batch["tool_mask"], batch["completion_mask"]):
+                loss = -(batch["advantages"].view(-1, 1) * logps * counted).sum() / (len(ids) * length)
+                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+                distances.append(((found - gradient).norm() / gradient.norm()).item())
+            print(json.dumps({"tools": distances, "ignored": int((1 - batch["tool_mask"]).sum())}))
+
+    trainer.add_callback(Compare())
+    trainer.train()
+
+
 def configure(loss_type):
     """The training arguments of a run, as Unsloth's class and `grpo_config` leave them."""
     from types import SimpleNamespace
@@ -106,3 +175,4 @@ for loss_type in ("dapo", "dr_grpo", "cispo", "grpo"):
 train("beta 0", with_adapter(), 0.0)
 train("beta", with_adapter(), 0.1)
 train("every weight", unlike_its_checkpoint(), 0.1)
+train_with_tools()
