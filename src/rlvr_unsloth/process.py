@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 PATCHED_BY_UNSLOTH = ("trl", "transformers", "peft")  # it has to be imported before these
 STRICT_VARIABLE = "RLVR_STRICT_IMPORTS"
 CACHE_VARIABLE = "RLVR_CACHE"
+COMPILED_VARIABLE = "UNSLOTH_COMPILE_LOCATION"  # Unsloth reads it when it is imported
 INSTALL = 'pip install "rlvr[unsloth]"'
 
 
@@ -34,6 +35,11 @@ def import_unsloth() -> Any:
         late = imported(PATCHED_BY_UNSLOTH)
         if late and _has_gpu():
             _tell_late_import(late)
+    elif COMPILED_VARIABLE not in os.environ and _has_gpu():
+        logger.warning(
+            "Unsloth was imported before rlvr could choose a folder for its compiled code, which goes to the working "
+            f'directory. Begin with rlvr.load_backend("unsloth"), or set {COMPILED_VARIABLE} before the import.'
+        )
     try:
         with contextlib.redirect_stdout(sys.stderr):  # its banner would get into output meant for programs
             unsloth = import_module("unsloth")
@@ -54,10 +60,10 @@ def set_environment() -> None:
     """
     os.environ.setdefault("UNSLOTH_AUTO_INSTALL", "0")
     os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    if "UNSLOTH_COMPILE_LOCATION" not in os.environ:
+    if COMPILED_VARIABLE not in os.environ:
         folder = cache_folder() / "unsloth_compiled"
         folder.mkdir(parents=True, exist_ok=True)
-        os.environ["UNSLOTH_COMPILE_LOCATION"] = str(folder)
+        os.environ[COMPILED_VARIABLE] = str(folder)
 
 
 def cache_folder() -> Path:

@@ -378,6 +378,23 @@ def test_beside_vllm_the_trainer_must_use_it_and_some_adapters_are_refused(backe
     assert len(raised.value.problems) == 3
 
 
+@pytest.mark.parametrize(
+    ("location", "has_gpu", "told"),
+    [(None, True, True), ("own", True, False), (None, False, False)],
+    ids=["told", "the folder was chosen", "a CPU compiles nothing"],
+)
+def test_an_import_before_rlvrs_is_told_where_compiled_code_goes(monkeypatch, caplog, location, has_gpu, told):
+    monkeypatch.setattr(process, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", "own")
+    if location is None:
+        monkeypatch.delenv("UNSLOTH_COMPILE_LOCATION")
+    with caplog.at_level(logging.WARNING, logger="rlvr_unsloth"):
+        process.import_unsloth()
+    assert len(caplog.messages) == told
+    assert all("compiled code, which goes to the working directory" in message for message in caplog.messages)
+    assert os.environ.get("UNSLOTH_COMPILE_LOCATION") == location  # too late to set
+
+
 @pytest.fixture
 def late(monkeypatch):
     monkeypatch.delitem(sys.modules, "unsloth")

@@ -86,6 +86,10 @@ def print_comparison(comparison: Comparison) -> None:
         table.add_row(name, *cells)
     console = Console(markup=False)
     console.print(table)
+    first = comparison.runs[0]
+    for run in comparison.runs[1:]:
+        difference = f"{run.loss_difference(first):.2g}"
+        console.print(f"loss at step 1 differs by {difference} between {first.backend} and {run.backend}")
     console.print(
         "Each backend has its own defaults (--as-is)."
         if comparison.as_is

@@ -60,6 +60,10 @@ class BackendRun:
         pairs = zip(self.probe_logprobs, other.probe_logprobs, strict=True)
         return max(abs(x - y) for mine, theirs in pairs for x, y in zip(mine, theirs, strict=True))
 
+    def loss_difference(self, other: BackendRun) -> float:
+        """How far the losses of the first step are apart."""
+        return abs(self.first_loss - other.first_loss)
+
     def same_first_completions(self, other: BackendRun) -> int:
         """How many completions of the first step are the same text, one by one."""
         return sum(x == y for x, y in zip(self.first_completions, other.first_completions, strict=False))
@@ -112,6 +116,7 @@ class Comparison:
                     "update_seconds": run.update_seconds,
                     "tokens_per_second": run.tokens_per_second,
                     "start_differs_by_nats": run.probe_difference(first),
+                    "first_loss_differs_by": run.loss_difference(first),
                     "same_first_completions": run.same_first_completions(first),
                 }
                 for run in self.runs
