@@ -351,13 +351,20 @@ FAULTS = {
 }
 """Fault → the check that has to find it."""
 
+FAULTS_ALONE = {
+    RefusesNamesOfTheHub: ("setting-revision", "revision=None, the default"),
+    IgnoresRevision: ("setting-revision", "revision='other' was asked for, and another one's weights"),
+    FreezesInFullFinetuning: ("setting-full-finetuning", "1 tensors are frozen"),
+}
+"""Fault → the check of the group `alone` that has to find it, and a part of what it says."""
+
 
 @dataclass(frozen=True)
 class FaultyPlugin:
-    """A fault that shows in a process of its own: lines of the plugin module of an installed distribution."""
+    """A fault of an installed plugin, as lines of its module, for the checks that start processes of their own."""
 
     check: str
-    finding: str  # a part of what the check has to say of it
+    findings: tuple[str, ...]  # parts of what the check has to say
     load: str = ""  # in `rlvr_backend`
     top: str = ""  # at import
 
@@ -369,22 +376,21 @@ if "trl" not in sys.modules:
     class PatchedTrainer(trl.GRPOTrainer):
         pass
     trl.GRPOTrainer = PatchedTrainer
+else:
+    import logging, warnings
 """
 
 FAULTY_PLUGINS = {
-    "imports-heavy": FaultyPlugin("lazy-plugin", "listing it imports datasets", top="import datasets"),
-    "prints": FaultyPlugin("loads-first", "'Welcome!", load="print('Welcome!')"),
-    "writes": FaultyPlugin("loads-first", "cache.txt", load="open('cache.txt', 'w').close()"),
-    "patches-only-when-first": FaultyPlugin(
-        "loads-late", "it leaves trl.trainer.grpo_trainer.GRPOTrainer as", load=PATCHES_ONLY_WHEN_FIRST
+    "imports what is heavy": FaultyPlugin("lazy-plugin", ("listing it imports datasets",), top="import datasets"),
+    "prints and writes": FaultyPlugin(
+        "loads-first", ("Welcome!", "cache.txt"), load="print('Welcome!'); open('cache.txt', 'w').close()"
     ),
-    **{
-        fault.__name__: FaultyPlugin(check, finding, load=f"import faulty_backends as f; return f.{fault.__name__}()")
-        for fault, check, finding in (
-            (RefusesNamesOfTheHub, "setting-revision", "revision=None, the default"),
-            (IgnoresRevision, "setting-revision", "revision='other' was asked for, and another one's weights"),
-            (FreezesInFullFinetuning, "setting-full-finetuning", "1 tensors are frozen"),
-        )
-    },
+    "patches only when first": FaultyPlugin(
+        "loads-late",
+        (
+            "it leaves trl.trainer.grpo_trainer.GRPOTrainer as trl.GRPOTrainer",
+            "loaded first, stranger_plugin.rlvr_backend.<locals>.PatchedTrainer",
+        ),
+        load=f"{PATCHES_ONLY_WHEN_FIRST}    warnings.warn('my cache is old')",  # which is not about the patch
+    ),
 }
-"""Name → what is planted, for the checks that `FAULTS` cannot have."""

@@ -83,7 +83,7 @@ def loads_late(context: Context) -> str:
         f"{first['trainer']}. It says nothing of it: warn, naming what was imported too early, or refuse with an "
         "RlvrError.",
     )
-    return f"{tidy}; warned: {told[0]}"
+    return f"{tidy}; warned: {' '.join(told)}"
 
 
 def _loaded_first(context: Context) -> dict[str, Any]:
@@ -93,11 +93,12 @@ def _loaded_first(context: Context) -> dict[str, Any]:
 
 
 def _tidy(found: dict[str, Any]) -> str:
-    expect(
-        not found["stdout"],
-        f"loading it prints to standard output, where commands write JSON: {found['stdout'][:80]!r}",
-    )
-    expect(not found["files"], f"loading it writes to the working directory: {', '.join(found['files'])}")
+    problems = []
+    if found["stdout"]:
+        problems.append(f"prints to standard output, where commands write JSON: {found['stdout'][:80]!r}")
+    if found["files"]:
+        problems.append(f"writes to the working directory: {', '.join(found['files'])}")
+    expect(not problems, f"loading it {'; and '.join(problems)}")
     return "works, prints and writes nothing"
 
 
