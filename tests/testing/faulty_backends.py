@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
+from rlvr.errors import UnsupportedSettingError
 
 
 class IgnoresDtype(HFBackend):
@@ -180,6 +182,27 @@ class CountsParametersNotBytes(HFBackend):
         return sum(parameter.numel() for parameter in policy.model.parameters())
 
 
+class TakesEveryWeightForFloat32(HFBackend):
+    def memory_in_use(self, policy):
+        return 4 * sum(parameter.numel() for parameter in policy.model.parameters())
+
+
+class CountsNoAdapter(HFBackend):
+    def memory_in_use(self, policy):
+        adapter = [weight for name, weight in policy.model.named_parameters() if "lora_" in name]
+        return super().memory_in_use(policy) - sum(weight.nbytes for weight in adapter)
+
+
+class CountsQuantizedWeightsAsWhole(Claims4Bit):
+    """The same weights in 4 bits, and four times as much as they take."""
+
+    def load_policy(self, settings):
+        return replace(super().load_policy(settings), settings=settings)
+
+    def memory_in_use(self, policy):
+        return super().memory_in_use(policy) * (4 if policy.settings.quantization == "4bit" else 1)
+
+
 class ChangesUnknownArguments(HFBackend):
     def training_arguments(self, policy):
         return (ArgumentChange("use_bf16", False, "the policy was loaded in float32"),)
@@ -263,6 +286,27 @@ class LoadsFrozen(HFBackend):
         return super().load_saved(folder, settings)
 
 
+class RefusesNamesOfTheHub(HFBackend):
+    """No revision can be asked of it, because it loads nothing that has revisions."""
+
+    def load_policy(self, settings):
+        if not Path(settings.model).is_dir():
+            raise UnsupportedSettingError(f"{settings.model!r} is no folder.")
+        return super().load_policy(settings)
+
+
+class IgnoresRevision(HFBackend):
+    def load_policy(self, settings):
+        return super().load_policy(replace(settings, revision=None))
+
+
+class FreezesInFullFinetuning(HFBackend):
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        policy.model.get_input_embeddings().requires_grad_(False)
+        return policy
+
+
 FAULTS = {
     ClaimsUnknownWords: "capabilities",
     LoadsTheFirstModelAgain: "setting-model",
@@ -289,6 +333,9 @@ FAULTS = {
     ComputesInHalf: "log-probabilities",
     HalvesGradients: "gradients",
     CountsParametersNotBytes: "memory-in-use",
+    TakesEveryWeightForFloat32: "memory-in-use",
+    CountsNoAdapter: "memory-in-use",
+    CountsQuantizedWeightsAsWhole: "memory-in-use",
     ChangesUnknownArguments: "training-arguments",
     TrainsTheBase: "trains-adapter-only",
     TrainsNothingOfA: "trains-adapter-only",
@@ -303,3 +350,47 @@ FAULTS = {
     ExportsWhatItDoesNotClaim: "export-gguf",
 }
 """Fault → the check that has to find it."""
+
+FAULTS_ALONE = {
+    RefusesNamesOfTheHub: ("setting-revision", "revision=None, the default"),
+    IgnoresRevision: ("setting-revision", "revision='other' was asked for, and another one's weights"),
+    FreezesInFullFinetuning: ("setting-full-finetuning", "1 tensors are frozen"),
+}
+"""Fault → the check of the group `alone` that has to find it, and a part of what it says."""
+
+
+@dataclass(frozen=True)
+class FaultyPlugin:
+    """A fault of an installed plugin, as lines of its module, for the checks that start processes of their own."""
+
+    check: str
+    findings: tuple[str, ...]  # parts of what the check has to say
+    load: str = ""  # in `rlvr_backend`
+    top: str = ""  # at import
+
+
+PATCHES_ONLY_WHEN_FIRST = """
+import sys
+if "trl" not in sys.modules:
+    import trl
+    class PatchedTrainer(trl.GRPOTrainer):
+        pass
+    trl.GRPOTrainer = PatchedTrainer
+else:
+    import logging, warnings
+"""
+
+FAULTY_PLUGINS = {
+    "imports what is heavy": FaultyPlugin("lazy-plugin", ("listing it imports datasets",), top="import datasets"),
+    "prints and writes": FaultyPlugin(
+        "loads-first", ("Welcome!", "cache.txt"), load="print('Welcome!'); open('cache.txt', 'w').close()"
+    ),
+    "patches only when first": FaultyPlugin(
+        "loads-late",
+        (
+            "it leaves trl.trainer.grpo_trainer.GRPOTrainer as trl.GRPOTrainer",
+            "loaded first, stranger_plugin.rlvr_backend.<locals>.PatchedTrainer",
+        ),
+        load=f"{PATCHES_ONLY_WHEN_FIRST}    warnings.warn('my cache is old')",  # which is not about the patch
+    ),
+}

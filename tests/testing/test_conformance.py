@@ -7,16 +7,19 @@ import importlib.util
 import json
 import subprocess
 import sys
+from textwrap import indent
 
 import pytest
-from faulty_backends import FAULTS
+from faulty_backends import FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ExportFormat, LoraSettings, ModelSettings
 from rlvr.cli import main
 from rlvr.errors import ConfigError, UnknownPluginError
 from rlvr.testing.conformance import CHECKS, GROUPS, backend_checks, check_backend
-from rlvr.testing.conformance.catalogue import NEEDS_OWN_PROCESS, PROCESSES
+from rlvr.testing.conformance.catalogue import PROCESSES, select
+from rlvr.testing.conformance.context import Context
+from rlvr.testing.conformance.runner import run_check
 
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
@@ -31,9 +34,20 @@ def test_a_planted_fault_is_found_by_the_check_for_it(fault):
         assert accident not in result.message
 
 
-def test_each_check_that_can_run_in_this_process_has_a_planted_fault():
-    without = {check.name for check in CHECKS if check.group not in NEEDS_OWN_PROCESS} - set(FAULTS.values())
-    assert without == set()
+@pytest.mark.parametrize("fault", FAULTS_ALONE, ids=lambda fault: fault.__name__)
+def test_a_fault_planted_for_a_check_with_its_own_process_is_found(fault, tmp_path, monkeypatch):
+    """In this process all the same: `hf` changes none, and the Hub cache is set here as the runner sets it."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    name, finding = FAULTS_ALONE[fault]
+    (check,) = select([name])
+    result = run_check(check, Context(None, fault(), None, "cpu", tmp_path))
+    assert not result.passed, f"not found; measured: {result.message}"
+    assert finding in result.message
+
+
+def test_every_check_has_a_planted_fault():
+    planted = {*FAULTS.values(), *(check for check, _ in FAULTS_ALONE.values())}
+    assert planted | {plugin.check for plugin in FAULTY_PLUGINS.values()} == {check.name for check in CHECKS}
 
 
 def test_every_setting_and_every_export_format_has_a_check():
@@ -116,7 +130,7 @@ class Backend:
 
 @hookimpl
 def rlvr_backend():
-    {load}
+{load}
     return Backend()
 """
 
@@ -127,7 +141,7 @@ def plugin(tmp_path, monkeypatch):
 
     def install(*, top="", load="", capabilities="return None"):
         (tmp_path / "stranger_plugin.py").write_text(
-            PLUGIN.format(top=top, load=load or "pass", capabilities=capabilities)
+            PLUGIN.format(top=top, load=indent(load or "pass", "    "), capabilities=capabilities)
         )
         info = tmp_path / "stranger-1.0.dist-info"
         info.mkdir()
@@ -139,19 +153,25 @@ def plugin(tmp_path, monkeypatch):
     sys.modules.pop("stranger_plugin", None)
 
 
-def test_a_heavy_plugin_module_is_found(plugin):
-    plugin(top="import datasets")
-    (result,) = check_backend("stranger", only=["lazy-plugin"]).results
-    assert not result.passed
-    assert "imports" in result.message
-    assert "datasets" in result.message
+@pytest.mark.parametrize("fault", FAULTY_PLUGINS)
+def test_a_fault_planted_in_a_plugin_is_found_by_the_check_for_it(fault, plugin):
+    planted = FAULTY_PLUGINS[fault]
+    plugin(top=planted.top, load=planted.load)
+    (result,) = check_backend("stranger", only=[planted.check]).results
+    assert not result.passed, f"not found; measured: {result.message}"
+    for finding in planted.findings:
+        assert finding in result.message
 
 
-def test_output_and_files_at_loading_are_found(plugin):
-    plugin(load="print('Welcome!'); open('cache.txt', 'w').close()")
-    (result,) = check_backend("stranger", only=["loads-first"]).results
-    assert not result.passed
-    assert "Welcome!" in result.message
+def test_a_plugin_that_comes_too_late_for_its_patches_passes_when_it_says_so(plugin):
+    plugin(
+        load=f"{PATCHES_ONLY_WHEN_FIRST}    warnings.warn('trl came first')\n"
+        "    logging.getLogger('stranger').warning('%s came first, too', 'peft')"
+    )
+    (result,) = check_backend("stranger", only=["loads-late"]).results
+    assert result.passed, result.message
+    assert "trl came first" in result.message
+    assert "peft came first, too" in result.message
 
 
 def test_a_process_that_dies_is_a_failed_check_with_its_last_lines_and_the_rest_goes_on(plugin):

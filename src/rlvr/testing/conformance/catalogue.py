@@ -38,7 +38,7 @@ class Check:
 CHECKS: tuple[Check, ...] = (
     Check("lazy-plugin", "plugin", "listing and importing the plugin load nothing heavy", "plugin:lazy_plugin"),
     Check("loads-first", "plugin", "loads in a fresh process, silent, nothing written", "plugin:loads_first"),
-    Check("loads-late", "plugin", "after trl, transformers and peft it works, or says why not", "plugin:loads_late"),
+    Check("loads-late", "plugin", "after trl, transformers and peft: the same trainer, or told", "plugin:loads_late"),
     Check("capabilities", "settings", "claims are words that rlvr knows", "settings:capabilities"),
     Check(
         "setting-model", "settings", "the weights are the checkpoint's; a broken folder is refused", "settings:model"
@@ -64,7 +64,7 @@ CHECKS: tuple[Check, ...] = (
     Check("lora-seed", "lora", "the seed decides the start, global random state is kept", "lora:seed"),
     Check("log-probabilities", "policy", "equal to the float32 reference, by dtype", "policy:log_probabilities"),
     Check("gradients", "policy", "of the adapter, equal to the float32 reference's, by dtype", "policy:gradients"),
-    Check("memory-in-use", "policy", "within 10% of what the weights take", "policy:memory"),
+    Check("memory-in-use", "policy", "within 10% of what weights and adapter take", "policy:memory"),
     Check("training-arguments", "training", "changes name real arguments, with reasons", "training:arguments"),
     Check("trains-adapter-only", "training", "two steps change the adapter, nothing else", "training:adapter_only"),
     Check(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from rlvr.testing.conformance.context import Context, expect
@@ -19,22 +22,34 @@ print(json.dumps({{"available": row.available, "reason": row.reason,
                    "heavy": [module for module in {heavy!r} if module in sys.modules]}}))
 """
 
+EARLIER = ("transformers", "peft", "trl")
+"""What users import above their backend, and what a backend may have to patch."""
+
 _LOAD = """
-import contextlib, io, json, os, sys
+import contextlib, io, json, logging, os, sys, warnings
 {before}
 import rlvr
-seen, error = io.StringIO(), None
+seen, told, error, trainer = io.StringIO(), [], None, None
+class Told(logging.Handler):
+    def emit(self, record):
+        told.append(record.getMessage())
+logging.getLogger().addHandler(Told(logging.WARNING))
 try:
-    with contextlib.redirect_stdout(seen):
+    with contextlib.redirect_stdout(seen), warnings.catch_warnings(record=True) as caught:
         backend = rlvr.load_backend({name!r})
         backend.capabilities()
 except rlvr.RlvrError as refused:
     error = str(refused)
+told += [str(warning.message) for warning in caught]
 if error is None:
     from rlvr.trainers import EnhancedGRPOTrainer
     from trl import GRPOConfig, GRPOTrainer
-print(json.dumps({{"error": error, "stdout": seen.getvalue(), "files": os.listdir(".")}}))
+    trainer = GRPOTrainer.__module__ + "." + GRPOTrainer.__qualname__
+print(json.dumps({{"error": error, "stdout": seen.getvalue(), "files": os.listdir("."), "told": told,
+                   "trainer": trainer}}))
 """
+_FIRST = ""
+_LATE = f"import {', '.join(EARLIER)}; trl.GRPOTrainer"
 
 
 def lazy_plugin(context: Context) -> str:
@@ -49,29 +64,52 @@ def lazy_plugin(context: Context) -> str:
 
 
 def loads_first(context: Context) -> str:
-    found = _run(context, _LOAD.format(name=context.name, before=""))
-    expect(found["error"] is None, f"it cannot be loaded in a fresh process: {found['error']}")
-    return _tidy(found)
+    return _tidy(_loaded_first(context))
 
 
 def loads_late(context: Context) -> str:
-    found = _run(context, _LOAD.format(name=context.name, before="import transformers, peft, trl"))
-    if found["error"] is not None:
-        return f"refused: {found['error']}"
-    return _tidy(found)
+    """The trainer must be the one that there is when the backend is loaded first, or the user must be told."""
+    first = _loaded_first(context)
+    late = _run(context, _LOAD.format(name=context.name, before=_LATE))
+    if late["error"] is not None:
+        return f"refused: {late['error']}"
+    tidy = _tidy(late)
+    if late["trainer"] == first["trainer"]:
+        return f"{tidy}; trl.GRPOTrainer is the same class"
+    told = [line for line in late["told"] if line not in first["told"] and any(name in line for name in EARLIER)]
+    expect(
+        told,
+        f"loaded after {', '.join(EARLIER)}, it leaves {late['trainer']} as trl.GRPOTrainer; loaded first, "
+        f"{first['trainer']}. It says nothing of it: warn, naming what was imported too early, or refuse with an "
+        "RlvrError.",
+    )
+    return f"{tidy}; warned: {' '.join(told)}"
+
+
+def _loaded_first(context: Context) -> dict[str, Any]:
+    found = _run(context, _LOAD.format(name=context.name, before=_FIRST))
+    expect(found["error"] is None, f"it cannot be loaded in a fresh process: {found['error']}")
+    return found
 
 
 def _tidy(found: dict[str, Any]) -> str:
-    expect(
-        not found["stdout"],
-        f"loading it prints to standard output, where commands write JSON: {found['stdout'][:80]!r}",
-    )
-    expect(not found["files"], f"loading it writes to the working directory: {', '.join(found['files'])}")
+    problems = []
+    if found["stdout"]:
+        problems.append(f"prints to standard output, where commands write JSON: {found['stdout'][:80]!r}")
+    if found["files"]:
+        problems.append(f"writes to the working directory: {', '.join(found['files'])}")
+    expect(not problems, f"loading it {'; and '.join(problems)}")
     return "works, prints and writes nothing"
 
 
 def _run(context: Context, program: str) -> dict[str, Any]:
     """What the program prints last, as JSON."""
+    return _answer(context.scratch, program)
+
+
+@functools.cache
+def _answer(scratch: Path, program: str) -> dict[str, Any]:
+    """Cached, because two checks ask what a backend is that is loaded first; `scratch` is one run's own."""
     path = os.pathsep.join(filter(None, sys.path))
     outcome = subprocess.run(
         [sys.executable, "-c", program],
@@ -79,7 +117,7 @@ def _run(context: Context, program: str) -> dict[str, Any]:
         text=True,
         timeout=300,
         check=False,
-        cwd=context.folder(),
+        cwd=tempfile.mkdtemp(dir=scratch),
         env={**os.environ, "PYTHONPATH": path},
     )
     last = "\n".join(outcome.stderr.strip().splitlines()[-4:])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+from typing import Any
+
 import torch
 
-from rlvr.backends.protocol import LoadedPolicy
+from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.settings import FLOATS
 from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, token_logprobs, tokens
 from rlvr.testing.conformance.reference import Reference
@@ -16,7 +19,10 @@ GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 """Norm of the difference over the norm of the reference's gradient, all factors together."""
 
 MEMORY_TOLERANCE = 0.1
-_WORTH_ASKING_CUDA = 64 * 2**20  # bytes; below, the allocator's rounding counts for more than the weights
+_WORTH_ASKING_CUDA = 64 * 2**20  # bytes; below, what libraries keep beside the weights counts for too much
+_LARGE: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "layers": 4, "heads": 16}
+"""240 million parameters: in 4 bits they are worth asking CUDA, and so is an adapter of `_RANK`."""
+_RANK = 64
 
 
 def dtypes_to_compare(context: Context) -> list[str]:
@@ -82,17 +88,52 @@ def _gradients(
 
 
 def memory(context: Context) -> str:
+    """For every dtype and quantization that is claimed, and by itself for what an adapter adds.
+
+    On CUDA the allocator is asked, with a model that is large enough; elsewhere the policy's own tensors are counted.
+    """
+    from rlvr.testing.tiny import save_tiny
+
     on_cuda = torch.cuda.is_available() and context.device != "cpu"
-    before = torch.cuda.memory_allocated() if on_cuda else 0
-    policy = context.policy(dtype="auto")
-    stated, counted = context.backend.memory_in_use(policy), storage_bytes(policy.model)
-    if on_cuda and counted > _WORTH_ASKING_CUDA:
-        counted = torch.cuda.memory_allocated() - before
+    model = context.model
+    if on_cuda and context.given_model is None:
+        model = str(save_tiny(context.scratch / "large", dtype=torch.bfloat16, **_LARGE))
+    ways = [{"dtype": dtype} for dtype in ("auto", *dtypes_to_compare(context))]
+    ways += [{"dtype": "auto", "quantization": name} for name in sorted(context.capabilities.quantizations - {"none"})]
+    return ", ".join(_memory(context, model=model, on_cuda=on_cuda, **way) for way in ways)
+
+
+def _memory(context: Context, *, on_cuda: bool, **settings: Any) -> str:
+    """Checks one way to load, and forgets the policy before the next one is loaded."""
+    before = _allocated() if on_cuda else 0
+    policy = context.policy(**settings)
+    ask_cuda = on_cuda and storage_bytes(policy.model) > _WORTH_ASKING_CUDA
+
+    def measure() -> tuple[int, int]:
+        taken = _allocated() - before if ask_cuda else storage_bytes(policy.model)
+        return context.backend.memory_in_use(policy), taken
+
+    name = settings.get("quantization", settings["dtype"])
+    stated, taken = measure()
+    _expect_close(f"{name}: of the policy without an adapter", stated, taken)
+    policy = context.backend.apply_lora(policy, LoraSettings(r=_RANK))
+    with_adapter, taken_with_adapter = measure()
+    _expect_close(f"{name}: of the adapter", with_adapter - stated, taken_with_adapter - taken)
+    return f"{name}: {with_adapter:,} bytes of {taken_with_adapter:,}"
+
+
+def _expect_close(what: str, stated: int, taken: int) -> None:
     expect(
-        abs(stated - counted) <= MEMORY_TOLERANCE * counted,
-        f"memory_in_use says {stated:,} bytes, and the weights take {counted:,}; allowed: {MEMORY_TOLERANCE:.0%} off",
+        abs(stated - taken) <= MEMORY_TOLERANCE * taken,
+        f"{what}, memory_in_use counts {stated:,} bytes, and the weights take {taken:,}; allowed: "
+        f"{MEMORY_TOLERANCE:.0%} off",
     )
-    return f"{stated:,} bytes of {counted:,}"
+
+
+def _allocated() -> int:
+    """Bytes that were asked of CUDA's allocator and not given back, without its rounding."""
+    gc.collect()  # a policy of another check must not go while this one is measured
+    return torch.cuda.memory_stats().get("requested_bytes.all.current", 0)
 
 
 def storage_bytes(model: torch.nn.Module) -> int:
