@@ -149,7 +149,7 @@ class LlamaCppWriter:
                 dtype=torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype),
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
-        except Exception as error:  # an unknown architecture or vocabulary, a damaged file: readers raise what they meet
+        except Exception as error:  # an unknown architecture, a damaged file: readers raise what they meet
             raise ExportError(
                 f"transformers cannot load the GGUF file back, so that it cannot be compared: {error}. Export "
                 "'merged-16bit', and convert that by hand."
