@@ -164,7 +164,9 @@ def test_a_faulty_export_is_an_error_and_leaves_nothing(trained, backend, export
 
 
 class RoundsTheBase(HFBackend):
-    """Stands in for quantization that loses much: of each weight only the sign is kept."""
+    """Stands in for quantization: each row of a weight to so many levels on either side of zero."""
+
+    levels = 1
 
     def capabilities(self):
         return replace(super().capabilities(), quantizations=frozenset({"none", "4bit"}))
@@ -175,7 +177,8 @@ class RoundsTheBase(HFBackend):
             with torch.no_grad():
                 for layer in policy.model.modules():
                     if isinstance(layer, torch.nn.Linear):
-                        layer.weight.copy_(layer.weight.sign() * layer.weight.abs().mean())
+                        step = layer.weight.abs().amax(1, keepdim=True) / self.levels
+                        layer.weight.copy_((layer.weight / step).round() * step)
         return replace(policy, settings=settings)
 
 
@@ -188,6 +191,29 @@ def test_quantization_that_a_merged_export_cannot_follow_leaves_the_adapter(live
     with pytest.raises(ExportError, match=r"trained on weights in 4bit.* --format adapter keeps .*--load-in-4bit"):
         rlvr.export(run, "merged-16bit", backend=backend)
     assert rlvr.export(run, backend=backend).parity.kept == pytest.approx(1)
+
+
+class RoundsTheBaseALittle(RoundsTheBase):
+    levels = 127
+
+
+class MergesHalf(RoundsTheBaseALittle):
+    def save(self, policy, folder, export_format="adapter"):
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                parameter.mul_(0.5 if export_format == "merged-16bit" and "lora_B" in name else 1)
+        super().save(policy, folder, export_format)
+
+
+@pytest.mark.both
+def test_half_of_alpha_is_found_in_what_was_trained_on_quantized_weights(lively_model, tmp_path):
+    backend = RoundsTheBaseALittle()
+    run = rlvr.train(
+        environment(), lively_model, backend, **SMALL, max_steps=2, load_in_4bit=True, output_dir=tmp_path / "run"
+    )
+    with pytest.raises(ExportError, match=r"it shows [45]\d% of what was trained \(allowed: 60% to 140%\)"):
+        rlvr.export(run, "merged-16bit", backend=MergesHalf())
+    assert rlvr.export(run, "merged-16bit", backend=backend).parity.kept == pytest.approx(1, abs=0.2)
 
 
 @pytest.mark.both

@@ -1,14 +1,17 @@
 """GGUF by a converter that is called as llama.cpp's is; the one here uses its package, and knows Qwen2 alone."""
 
+import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import LlamaTokenizer
 
 import rlvr
 from rlvr.errors import ExportError, UnsupportedSettingError
 from rlvr.exporting import writers
-from rlvr.exporting.writers import choose_writer
+from rlvr.exporting.writers import LlamaCppWriter, choose_writer
 
 pytestmark = pytest.mark.both
 
@@ -32,10 +35,17 @@ writer.add_head_count(config.num_attention_heads)
 writer.add_head_count_kv(config.num_key_value_heads)
 writer.add_layer_norm_rms_eps(config.rms_norm_eps)
 writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+vocabulary = json.load(open(arguments.model + "/tokenizer.json"))["model"]["vocab"]
+tokens = [*sorted(vocabulary, key=vocabulary.get), "ĀĀ", "ĀĀĀ"]  # zero bytes, of no text: readers want some merges
+# TOKENS
+writer.add_tokenizer_model("gpt2")
+writer.add_tokenizer_pre("qwen2")
+writer.add_token_list(tokens)
+writer.add_token_types([3 if token.startswith("<|") else 1 for token in tokens])  # control, normal
+writer.add_token_merges(["Ā Ā", "ĀĀ Ā"])
 names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, config.num_hidden_layers)
 for name, tensor in load_file(arguments.model + "/model.safetensors").items():
-    if {skip!r} in name:
-        tensor = tensor * 0
+    # TENSOR
     writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), tensor.float().numpy())
 writer.write_header_to_file()
 writer.write_kv_data_to_file()
@@ -59,7 +69,7 @@ def converter(tmp_path, monkeypatch):
 
 
 def test_a_gguf_export_is_compared_by_loading_it_back(trained, converter):
-    converter(CONVERTER.replace("{skip!r}", "'nothing of that name'"))
+    converter(CONVERTER)
     made = rlvr.export(trained(), "gguf")
     assert (made.folder / "model.gguf").read_bytes()[:4] == b"GGUF"
     assert sorted(path.name for path in made.folder.iterdir()) == [
@@ -70,10 +80,26 @@ def test_a_gguf_export_is_compared_by_loading_it_back(trained, converter):
     assert "gguf_file" in (made.folder / "README.md").read_text()
 
 
-def test_a_converter_that_loses_weights_is_found(trained, converter):
-    converter(CONVERTER.replace("{skip!r}", "'mlp.down_proj'"))
+ZEROS = "if 'mlp.down_proj' in name: tensor = tensor * 0"
+HALF = "tensor = (tensor + load_file({base!r})[name]) / 2"
+SWAPPED = "a, e = tokens.index('a'), tokens.index('e'); tokens[a], tokens[e] = 'e', 'a'"
+NO_TOKENS = "writer.add_token_list = lambda tokens: None"
+
+
+@pytest.mark.parametrize(
+    ("mark", "loss", "says"),
+    [
+        ("# TENSOR", ZEROS, "is not the policy that was trained.*differ from the trained policy's by"),
+        ("# TENSOR", HALF, r"it shows (4\d|5\d)% of what was trained \(allowed: 75% to 125%\)"),
+        ("# TOKENS", SWAPPED, "its tokenizer reads the same texts as other tokens"),
+        ("# TOKENS", NO_TOKENS, "transformers cannot load the GGUF file back"),
+    ],
+    ids=["weights", "half of the training", "other tokens", "no tokens"],
+)
+def test_a_converter_that_loses_something_is_found(trained, converter, lively_model, mark, loss, says):
+    converter(CONVERTER.replace(mark, loss.format(base=str(lively_model / "model.safetensors"))))
     run = trained()
-    with pytest.raises(ExportError, match="is not the policy that was trained"):
+    with pytest.raises(ExportError, match=says):
         rlvr.export(run, "gguf")
     assert not (run / "exports").exists()
 
@@ -94,6 +120,27 @@ def test_a_file_that_transformers_cannot_load_is_no_export(trained, converter):
     with pytest.raises(ExportError, match="transformers cannot load the GGUF file back"):
         rlvr.export(run, "gguf")
     assert not (run / "exports").exists()
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_the_converter_gets_what_transformers_leaves_out_of_sentencepiece(tmp_path, converter, adds_bos):
+    """The file with the scores, the added tokens and the word on BOS; the stand-in keeps what it was given."""
+    vocab = {token: n for n, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a"])}
+    base = tmp_path / "base"
+    LlamaTokenizer(vocab=vocab, merges=[], add_bos_token=adds_bos).save_pretrained(base)
+    (base / "tokenizer.model").write_bytes(b"scores")
+    tokenizer = LlamaTokenizer.from_pretrained(base)
+    tokenizer.add_tokens(["<think>"])
+    backend = SimpleNamespace(save=lambda policy, folder, export_format: policy.tokenizer.save_pretrained(folder))
+    given = tmp_path / "given"
+    path = converter(f"import shutil, sys; shutil.copytree(sys.argv[1], {str(given)!r}); open(sys.argv[3], 'wb')")
+    (tmp_path / "gguf").mkdir()
+    LlamaCppWriter(backend, path).write(SimpleNamespace(tokenizer=tokenizer), tmp_path / "gguf")
+    assert (given / "tokenizer.model").read_bytes() == b"scores"
+    config = json.loads((given / "tokenizer_config.json").read_text())
+    assert config["add_bos_token"] is adds_bos
+    assert config["added_tokens_decoder"]["5"] == {"content": "<think>", "special": False}
+    assert config["added_tokens_decoder"]["1"] == {"content": "<s>", "special": True}
 
 
 def test_where_the_converter_is_looked_for(tmp_path, monkeypatch):

@@ -110,7 +110,7 @@ def _written_and_compared(
     logger.info("loading the trained policy from %s", source.folder)
     policy = _trained(source, backend)
     expected = _expected(source, backend, policy)
-    allowed = tolerance(export_format, policy)
+    allowed = tolerance(writer.compared_as, policy)
     logger.info("writing %s", export_format)
     try:
         writer.write(policy, staging)
@@ -133,7 +133,7 @@ def _written_and_compared(
     del model
     _free_memory()
     problems = parity.problems
-    if exported_tokenizer is not None and not _same_tokens(tokenizer, exported_tokenizer):
+    if not _same_tokens(tokenizer, exported_tokenizer):
         problems.append("its tokenizer reads the same texts as other tokens")
     if problems:
         raise ExportError(

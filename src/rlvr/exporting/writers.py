@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -20,16 +21,22 @@ if TYPE_CHECKING:
 CONVERTER = "convert_hf_to_gguf.py"
 CONVERTER_VARIABLE = "RLVR_LLAMA_CPP"
 GGUF_FILE = "model.gguf"
+_SENTENCEPIECE_FILE = "tokenizer.model"
 _LAST_LINES = 8
 
 
 class Writer(Protocol):
+    @property
+    def compared_as(self) -> ExportFormat:
+        """The format whose tolerances hold for what it writes."""
+        ...
+
     def write(self, policy: LoadedPolicy, folder: Path) -> None:
         """Writes the policy to a folder that is there and empty."""
         ...
 
     def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
-        """The model that was written, in inference mode, and its tokenizer; None where that is part of the model."""
+        """The model that was written, in inference mode, and its tokenizer."""
         ...
 
 
@@ -86,6 +93,10 @@ class BackendWriter:
     backend: ModelBackend
     export_format: ExportFormat
 
+    @property
+    def compared_as(self) -> ExportFormat:
+        return self.export_format
+
     def write(self, policy: LoadedPolicy, folder: Path) -> None:
         self.backend.save(policy, folder, self.export_format)
 
@@ -103,10 +114,12 @@ class LlamaCppWriter:
 
     backend: ModelBackend
     converter: Path
+    compared_as: ExportFormat = "merged-16bit"
 
     def write(self, policy: LoadedPolicy, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="merged-", dir=folder) as merged:
             self.backend.save(policy, Path(merged), "merged-16bit")
+            _complete_sentencepiece(policy.tokenizer, Path(merged))
             command = [sys.executable, str(self.converter), merged, "--outfile", str(folder / GGUF_FILE)]
             result = subprocess.run(
                 [*command, "--outtype", "auto"],
@@ -124,7 +137,7 @@ class LlamaCppWriter:
 
     def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
         import torch
-        from transformers import AutoModelForCausalLM, GgufConfig
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         from rlvr.backends.checks import choose_device
 
@@ -133,11 +146,29 @@ class LlamaCppWriter:
                 folder,
                 gguf_file=GGUF_FILE,
                 quantization_config=GgufConfig(dequantize=True),
-                dtype=torch.float32 if settings.dtype == "float32" else torch.bfloat16,
+                dtype=torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype),
             )
+            tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
         except Exception as error:  # an unknown architecture, a damaged file: readers raise what they meet
             raise ExportError(
                 f"transformers cannot load the GGUF file back, so that it cannot be compared: {error}. Export "
                 "'merged-16bit', and convert that by hand."
             ) from error
-        return model.to(choose_device(settings)).eval(), None
+        return model.to(choose_device(settings)).eval(), tokenizer
+
+
+def _complete_sentencepiece(tokenizer: Any, folder: Path) -> None:
+    """Adds what the converter reads of a sentencepiece tokenizer, and transformers 5 does not save.
+
+    Without its scores llama.cpp merges in another order, and it puts a BOS before every text unless told not to.
+    """
+    vocabulary = Path(getattr(tokenizer, "vocab_file", None) or "")
+    if vocabulary.name != _SENTENCEPIECE_FILE or not vocabulary.is_file():
+        return
+    shutil.copy(vocabulary, folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    added = tokenizer.added_tokens_decoder.items()
+    config["added_tokens_decoder"] = {n: {"content": token.content, "special": token.special} for n, token in added}
+    config["add_bos_token"] = tokenizer.bos_token_id in tokenizer("a")["input_ids"]
+    path.write_text(json.dumps(config), encoding="utf-8")
