@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
-from rlvr.errors import UnsupportedSettingError
 
 
 class IgnoresDtype(HFBackend):
@@ -286,15 +284,6 @@ class LoadsFrozen(HFBackend):
         return super().load_saved(folder, settings)
 
 
-class RefusesNamesOfTheHub(HFBackend):
-    """No revision can be asked of it, because it loads nothing that has revisions."""
-
-    def load_policy(self, settings):
-        if not Path(settings.model).is_dir():
-            raise UnsupportedSettingError(f"{settings.model!r} is no folder.")
-        return super().load_policy(settings)
-
-
 class IgnoresRevision(HFBackend):
     def load_policy(self, settings):
         return super().load_policy(replace(settings, revision=None))
@@ -352,7 +341,6 @@ FAULTS = {
 """Fault → the check that has to find it."""
 
 FAULTS_ALONE = {
-    RefusesNamesOfTheHub: ("setting-revision", "revision=None, the default"),
     IgnoresRevision: ("setting-revision", "revision='other' was asked for, and another one's weights"),
     FreezesInFullFinetuning: ("setting-full-finetuning", "1 tensors are frozen"),
 }
