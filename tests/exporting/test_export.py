@@ -182,12 +182,23 @@ class RoundsTheBase(HFBackend):
         return replace(policy, settings=settings)
 
 
+@pytest.fixture
+def trained_in_4_bits(lively_model, tmp_path):
+    """`trained_in_4_bits(backend)` → a run of two steps on what a backend takes for 4 bits."""
+
+    def train(backend):
+        folder = tmp_path / "run"
+        return rlvr.train(
+            environment(), lively_model, backend, **SMALL, max_steps=2, load_in_4bit=True, output_dir=folder
+        )
+
+    return train
+
+
 @pytest.mark.both
-def test_quantization_that_a_merged_export_cannot_follow_leaves_the_adapter(lively_model, tmp_path):
+def test_quantization_that_a_merged_export_cannot_follow_leaves_the_adapter(trained_in_4_bits):
     backend = RoundsTheBase()
-    run = rlvr.train(
-        environment(), lively_model, backend, **SMALL, max_steps=2, load_in_4bit=True, output_dir=tmp_path / "run"
-    )
+    run = trained_in_4_bits(backend)
     with pytest.raises(ExportError, match=r"trained on weights in 4bit.* --format adapter keeps .*--load-in-4bit"):
         rlvr.export(run, "merged-16bit", backend=backend)
     assert rlvr.export(run, backend=backend).parity.kept == pytest.approx(1)
@@ -206,11 +217,9 @@ class MergesHalf(RoundsTheBaseALittle):
 
 
 @pytest.mark.both
-def test_half_of_alpha_is_found_in_what_was_trained_on_quantized_weights(lively_model, tmp_path):
+def test_half_of_alpha_is_found_in_what_was_trained_on_quantized_weights(trained_in_4_bits):
     backend = RoundsTheBaseALittle()
-    run = rlvr.train(
-        environment(), lively_model, backend, **SMALL, max_steps=2, load_in_4bit=True, output_dir=tmp_path / "run"
-    )
+    run = trained_in_4_bits(backend)
     with pytest.raises(ExportError, match=r"it shows [45]\d% of what was trained \(allowed: 60% to 140%\)"):
         rlvr.export(run, "merged-16bit", backend=MergesHalf())
     assert rlvr.export(run, "merged-16bit", backend=backend).parity.kept == pytest.approx(1, abs=0.2)

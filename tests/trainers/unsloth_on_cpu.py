@@ -4,7 +4,7 @@
 
 Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
 methods that mark Unsloth's. Prints JSON lines: the training arguments of a run with some losses; of each training run
-the trainer's classes, and the rows that it logged.
+the trainer's classes, and the rows that it logged; of one with tools, what its gradient is nearest to.
 """
 
 import json
@@ -31,6 +31,11 @@ PatchFastRL()
 
 def length(completions, **_):
     return [float(len(completion)) for completion in completions]
+
+
+def mark_as_unsloths(model):
+    model.for_training = lambda *args, **kwargs: model.train()
+    model.for_inference = lambda *args, **kwargs: model.eval()
 
 
 def with_adapter():
@@ -62,8 +67,7 @@ def train(name, model, beta):
     from rlvr.testing.tiny import tiny_tokenizer
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    model.for_training = lambda *args, **kwargs: model.train()
-    model.for_inference = lambda *args, **kwargs: model.eval()
+    mark_as_unsloths(model)
     trainer = EnhancedGRPOTrainer(
         model=model,
         processing_class=tiny_tokenizer(),
@@ -103,8 +107,7 @@ def train_with_tools():
     end = tokenizer.eos_token_id
     script = [[tool_call("double", number=4), "it is 8"], ["no idea"]]
     turns = [[[*tokenizer.encode(turn), end] for turn in script[row % 2]] for row in range(4)]
-    model.for_training = lambda *args, **kwargs: model.train()
-    model.for_inference = lambda *args, **kwargs: model.eval()
+    mark_as_unsloths(model)
     trainer = EnhancedGRPOTrainer(
         model=model,
         processing_class=tokenizer,
