@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlvr.fused import flash
 from rlvr.fused.lora import fuse_lora
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers.shared_prefix import (
@@ -25,6 +26,7 @@ from rlvr.trainers.shared_prefix import (
 )
 from rlvr.trainers.shared_prefix.attention import TreeLayout, _Spread, tree_attention
 from rlvr.trainers.shared_prefix.packing import IGNORED, Group
+from rlvr.trainers.shared_prefix.split_flash import split_flash
 
 TEMPERATURE = 0.7
 ISSUE_ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3")
@@ -332,22 +334,98 @@ def test_segments_for_the_flash_kernel_say_the_same(batch, window):
     """Attention segment by segment, as the variable-length kernel computes it, equals attention by group."""
     groups = pack_rows(*batch).groups
     layout = TreeLayout.of(groups, torch.device("cpu"))
+    segments, key_index = layout.segments
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, groups[-1].end, 8, generator=generator) for heads in (4, 2, 2))
     parts = []
-    for i in range(len(layout.query_starts) - 1):
-        rows = slice(layout.query_starts[i], layout.query_starts[i + 1])
-        keys = layout.key_index[layout.key_starts[i] : layout.key_starts[i + 1]]
+    for i in range(len(segments.query_starts) - 1):
+        rows = slice(segments.query_starts[i], segments.query_starts[i + 1])
+        keys = key_index[segments.key_starts[i] : segments.key_starts[i + 1]]
         position = torch.arange(len(keys))
         distance = position[len(keys) - (rows.stop - rows.start) :, None] - position
         mask = (distance >= 0) & (distance < (window or 10**6))
         q, k, v = query[:, :, rows], key[:, :, keys], value[:, :, keys]
         parts.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True))
-        assert len(keys) <= layout.longest_key
-        assert rows.stop - rows.start <= layout.longest_query
+        assert len(keys) <= segments.longest_key == layout.longest
+        assert rows.stop - rows.start <= segments.longest_query
     expected = torch.cat(parts, 2).transpose(1, 2)
     actual = tree_attention(query, key, value, layout, scale=0.3, sliding_window=window)
     torch.testing.assert_close(actual, expected)
+
+
+class PlainFlash:
+    """The two flash functions in plain torch, segment by segment, with the kernel's contract: the backward pass takes
+    output and sum of exponentials as they are given."""
+
+    @staticmethod
+    def pieces(query, key, segments, scale, causal):
+        """(queries, keys, scores (H, n, m)) of each segment."""
+        for i in range(len(segments.query_starts) - 1):
+            rows = slice(segments.query_starts[i], segments.query_starts[i + 1])
+            keys = slice(segments.key_starts[i], segments.key_starts[i + 1])
+            assert 0 < rows.stop - rows.start <= segments.longest_query
+            assert 0 < keys.stop - keys.start <= segments.longest_key
+            repeated = key[keys].repeat_interleave(query.shape[1] // key.shape[1], 1)
+            scores = scale * torch.einsum("nhd,mhd->hnm", query[rows], repeated)
+            if causal:
+                scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+            yield rows, keys, scores
+
+    @classmethod
+    def varlen_forward(cls, query, key, value, segments, *, scale, causal, window=None):
+        output, logsumexp = torch.zeros_like(query), query.new_zeros(query.shape[1], len(query))
+        for rows, keys, scores in cls.pieces(query, key, segments, scale, causal):
+            repeated = value[keys].repeat_interleave(query.shape[1] // value.shape[1], 1)
+            output[rows] = torch.einsum("hnm,mhd->nhd", scores.softmax(-1), repeated)
+            logsumexp[:, rows] = scores.logsumexp(-1)
+        return output, logsumexp
+
+    @classmethod
+    def varlen_backward(cls, grad, query, key, value, output, logsumexp, segments, *, scale, causal):
+        grads = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        repeats = query.shape[1] // key.shape[1]
+        for rows, keys, scores in cls.pieces(query, key, segments, scale, causal):
+            weights = (scores - logsumexp[:, rows, None]).exp()
+            of_weights = torch.einsum("nhd,mhd->hnm", grad[rows], value[keys].repeat_interleave(repeats, 1))
+            of_output = (grad[rows] * output[rows]).sum(-1).t()[..., None]
+            of_scores = scale * weights * (of_weights - of_output)
+            repeated = key[keys].repeat_interleave(repeats, 1)
+            grads[0][rows] = torch.einsum("hnm,mhd->nhd", of_scores, repeated)
+            for whole, part in (
+                (grads[1], torch.einsum("hnm,nhd->mhd", of_scores, query[rows])),
+                (grads[2], torch.einsum("hnm,nhd->mhd", weights, grad[rows])),
+            ):
+                whole[keys] = part.unflatten(1, (-1, repeats)).sum(2)
+        return grads
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        pack_rows(*ragged_batch()).groups,
+        pack_rows(*even_batch()).groups,
+        (Group(0, 0, (3,)), Group(3, 0, (1, 2))),  # prompts of one token have no trunk
+    ],
+    ids=["ragged", "even", "no trunk"],
+)
+def test_attention_in_two_parts_equals_attention_by_group(groups, monkeypatch):
+    monkeypatch.setattr(flash, "varlen_forward", PlainFlash.varlen_forward)
+    monkeypatch.setattr(flash, "varlen_backward", PlainFlash.varlen_backward)
+    layout = TreeLayout.of(groups, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, groups[-1].end, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads in (4, 2, 2)
+    ]
+    outputs = (
+        split_flash(*(tensor[0].transpose(0, 1) for tensor in tensors), layout.split, scale=0.3)[None],
+        tree_attention(*tensors, layout, scale=0.3),
+    )
+    torch.testing.assert_close(*outputs)
+    weights = torch.randn(outputs[0].shape, generator=generator, dtype=torch.float64)
+    ours, theirs = (torch.autograd.grad((output * weights).sum(), tensors) for output in outputs)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_gradients_of_repeated_keys_are_rounded_once():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,41 +25,131 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@dataclass(frozen=True)
+class Segments:
+    """Which keys belong to which queries.
+
+    Attributes:
+        query_starts, key_starts: (segments + 1,), int32, cumulative lengths.
+        longest_query, longest_key: of any segment.
+    """
+
+    query_starts: Tensor
+    key_starts: Tensor
+    longest_query: int
+    longest_key: int
+
+    @classmethod
+    def of(cls, query_lengths: Sequence[int], key_lengths: Sequence[int], device: torch.device) -> Segments:
+        return cls(
+            _cumulative(query_lengths).to(device),
+            _cumulative(key_lengths).to(device),
+            max(query_lengths),
+            max(key_lengths),
+        )
+
+
+def _cumulative(lengths: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+
+
 def varlen_flash(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    query_starts: Tensor,
-    key_starts: Tensor,
-    longest_query: int,
-    longest_key: int,
-    scale: float,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, *, scale: float, window: int | None
 ) -> Tensor:
     """Causal attention of segments, each aligned to the end of its keys; differentiable.
 
     Args:
         query: (N, H, D). `key`, `value`: (M, H_kv, D).
-        query_starts, key_starts: (segments + 1,), int32, cumulative lengths.
-        longest_query, longest_key: of any segment.
         window: how many keys, itself included, a token sees; None: all before it.
 
     Returns:
         (N, H, D).
     """
-    return torch.ops.aten._flash_attention_forward(
+    return varlen_forward(query, key, value, segments, scale=scale, causal=True, window=window)[0]
+
+
+def varlen_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `varlen_flash`, causal or not.
+
+    Returns:
+        The output (N, H, D), and log Σ exp of the scores (H, N), float32.
+    """
+    output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        query_starts,
-        key_starts,
-        longest_query,
-        longest_key,
+        segments.query_starts,
+        segments.key_starts,
+        segments.longest_query,
+        segments.longest_key,
         0.0,
-        True,
+        causal,
         False,
         scale=scale,
         window_size_left=None if window is None else window - 1,
         window_size_right=None if window is None else 0,
-    )[0]
+    )
+    return output, logsumexp
+
+
+def varlen_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    segments: Segments,
+    *,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value. `output` and `logsumexp` may be those over more keys than these: the
+    gradients are then this part's share."""
+    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad,
+        query,
+        key,
+        value,
+        output,
+        logsumexp,
+        segments.query_starts,
+        segments.key_starts,
+        segments.longest_query,
+        segments.longest_key,
+        0.0,
+        causal,
+        no_dropout,
+        torch.empty(0, device=query.device),
+        scale=scale,
+    )
+
+
+def join(output: Tensor, logsumexp: Tensor, rows: Tensor, more: Tensor, more_logsumexp: Tensor) -> None:
+    """Makes attention over some keys that over more of them, in place.
+
+    Args:
+        output: (N, H, D). `logsumexp`: (H, N), float32.
+        rows: (M,), which of the N have more keys; each once.
+        more: (M, H, D), their attention over the other keys. `more_logsumexp`: (H, M), float32.
+    """
+    if output.is_cuda:
+        from rlvr.fused.kernels import join_attention
+
+        join_attention(output, logsumexp, rows, more, more_logsumexp)
+        return
+    own = logsumexp[:, rows]
+    total = torch.logaddexp(own, more_logsumexp)
+    first, second = ((part - total).exp().t()[..., None] for part in (own, more_logsumexp))
+    output[rows] = (output[rows] * first + more * second).to(output.dtype)
+    logsumexp[:, rows] = total

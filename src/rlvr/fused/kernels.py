@@ -1,5 +1,5 @@
-"""Triton kernels of `layers`, which has their slow twins. Everything is computed in float32 and stored in the
-dtype of the output."""
+"""Triton kernels of `layers` and `flash`, which have their slow twins. Everything is computed in float32 and stored in
+the dtype of the output."""
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, misc, untyped-decorator"
 
@@ -197,3 +197,34 @@ def rotary(
         BLOCK_HEADS=triton.next_power_of_2(heads), BLOCK_KV_HEADS=triton.next_power_of_2(k.shape[1]),
     )  # fmt: skip
     return results[0], results[1]
+
+
+@triton.jit
+def _join_attention(
+    output, logsumexp, rows, more, more_logsumexp, total, added, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    index = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + index)
+    head = tl.arange(0, HEADS)
+    column = tl.arange(0, WIDTH)
+    is_head = head < heads
+    inside = is_head[:, None] & (column < width)[None, :]
+    own = tl.load(logsumexp + head * total + row, mask=is_head, other=0.0)
+    other = tl.load(more_logsumexp + head * added + index, mask=is_head, other=0.0)
+    top = tl.maximum(own, other)
+    joint = top + tl.log(tl.exp(own - top) + tl.exp(other - top))
+    place = output + (row * heads + head)[:, None] * width + column[None, :]
+    first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(more + (index * heads + head)[:, None] * width + column[None, :], mask=inside, other=0.0)
+    value = first * tl.exp(own - joint)[:, None] + second.to(tl.float32) * tl.exp(other - joint)[:, None]
+    tl.store(place, value.to(output.dtype.element_ty), mask=inside)
+    tl.store(logsumexp + head * total + row, joint, mask=is_head)
+
+
+def join_attention(output: Tensor, logsumexp: Tensor, rows: Tensor, more: Tensor, more_logsumexp: Tensor) -> None:
+    """As `flash.join`, of contiguous tensors."""
+    total, heads, width = output.shape
+    _join_attention[(len(rows),)](
+        output, logsumexp, rows, more, more_logsumexp, total, len(rows), heads, width,
+        HEADS=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip

@@ -107,15 +107,9 @@ class Prefill:
     def _flash(self, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None) -> Tensor:
         """All prompts in one call. SDPA would also plan anew for every length of prompt that it has not met."""
         longest = max(end - start for _, start, end in self.spans)
-        output = flash.varlen_flash(
-            *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-            query_starts=self.starts,
-            key_starts=self.starts,
-            longest_query=longest,
-            longest_key=longest,
-            scale=scaling,
-            window=window,
-        )
+        segments = flash.Segments(self.starts, self.starts, longest, longest)
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        output = flash.varlen_flash(query, key, value, segments, scale=scaling, window=window)
         return output[None]
 
 

@@ -9,6 +9,7 @@ with gradient checkpointing, layers are computed again in the backward pass, aft
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,41 +19,43 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlvr.fused import flash
 from rlvr.trainers.shared_prefix.packing import Group
+from rlvr.trainers.shared_prefix.split_flash import Split, split_flash
 
 SUFFIX = "+shared_prefix"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class TreeLayout:
-    """What attention needs to know of a packed row, computed once for all layers.
-
-    For the variable-length flash kernel the tree is a list of segments, each causal and aligned to the end of
-    its keys: a trunk's queries see the trunk, a branch's queries see its trunk and then itself.
+    """What attention needs to know of a packed row, computed once for all layers, and only what is needed.
 
     Attributes:
-        query_starts, key_starts: (segments + 1,) int32, cumulative segment lengths.
-        key_index: (M,), the packed position of every key, segment by segment; trunks repeat.
-        longest_query, longest_key: of any segment.
-        branch_index: for each group (branches, longest branch), the packed positions of its branches, the
-            last one repeated at the end of shorter branches; None where all are equally long.
-        branch_select: for each such group, where its branch tokens are in the flattened `branch_index`.
         use_flash: the variable-length flash kernel (CUDA, half precision) rather than SDPA by group.
     """
 
     groups: tuple[Group, ...]
-    query_starts: Tensor
-    key_starts: Tensor
-    key_index: Tensor
-    longest_query: int
-    longest_key: int
-    branch_index: tuple[Tensor | None, ...]
-    branch_select: tuple[Tensor | None, ...]
+    device: torch.device
     use_flash: bool
 
     @classmethod
     def of(cls, groups: tuple[Group, ...], device: torch.device, *, use_flash: bool = True) -> TreeLayout:
+        return cls(groups, device, use_flash and device.type == "cuda")
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest trunk with a branch of its own."""
+        return max(group.trunk + max(group.branches) for group in self.groups)
+
+    @cached_property
+    def split(self) -> Split:
+        return Split.of(self.groups, self.device)
+
+    @cached_property
+    def segments(self) -> tuple[flash.Segments, Tensor]:
+        """The tree as segments that are causal and aligned to the end of their keys: a trunk's queries see the trunk,
+        a branch's queries see its trunk and then itself. And the packed position of every key, (M,), segment by
+        segment; trunks repeat."""
         query_lengths, key_lengths, keys = [], [], []
-        for group in groups:
+        for group in self.groups:
             trunk = torch.arange(group.start, group.start + group.trunk)
             query_lengths.append(group.trunk)
             key_lengths.append(group.trunk)
@@ -63,22 +66,15 @@ class TreeLayout:
                 key_lengths.append(group.trunk + length)
                 keys += [trunk, torch.arange(start, start + length)]
                 start += length
-        padded = [_branch_index(group) for group in groups]
-        return cls(
-            groups=groups,
-            query_starts=_cumulative(query_lengths).to(device),
-            key_starts=_cumulative(key_lengths).to(device),
-            key_index=torch.cat(keys).to(device),
-            longest_query=max(query_lengths),
-            longest_key=max(key_lengths),
-            branch_index=tuple(None if pair is None else pair[0].to(device) for pair in padded),
-            branch_select=tuple(None if pair is None else pair[1].to(device) for pair in padded),
-            use_flash=use_flash and device.type == "cuda",
-        )
+        return flash.Segments.of(query_lengths, key_lengths, self.device), torch.cat(keys).to(self.device)
 
-
-def _cumulative(lengths: list[int]) -> Tensor:
-    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    @cached_property
+    def padded(self) -> list[tuple[Tensor | None, Tensor | None]]:
+        """For each group the packed positions of its branches (branches, longest branch), the last one repeated at
+        the end of shorter branches, and where its branch tokens are in them, flattened; None where all are equally
+        long."""
+        pairs = [_branch_index(group) for group in self.groups]
+        return [(None, None) if pair is None else (pair[0].to(self.device), pair[1].to(self.device)) for pair in pairs]
 
 
 def _branch_index(group: Group) -> tuple[Tensor, Tensor] | None:
@@ -155,13 +151,16 @@ def tree_attention(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = None if sliding_window is None or sliding_window >= layout.longest_key else sliding_window
+    window = None if sliding_window is None or sliding_window >= layout.longest else sliding_window
     if layout.use_flash and flash.takes(query):
-        return _flash(query, key, value, layout, scale=scale, window=window)
+        query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        if window is None:
+            return split_flash(query, key, value, layout.split, scale=scale)[None]
+        return _repeated_flash(query, key, value, *layout.segments, scale=scale, window=window)[None]
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts = []
-    for group, index, select in zip(layout.groups, layout.branch_index, layout.branch_select, strict=True):
+    for group, (index, select) in zip(layout.groups, layout.padded, strict=True):
         parts += _group(query, key, value, group, index, select, scale=scale, window=window)
     return torch.cat(parts, 2).transpose(1, 2)
 
@@ -184,26 +183,19 @@ class _Spread(torch.autograd.Function):
         return total.index_add_(0, index, grad.float()).to(grad.dtype), None
 
 
-def _flash(
-    query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, *, scale: float, window: int | None
+def _repeated_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: flash.Segments,
+    key_index: Tensor,
+    *,
+    scale: float,
+    window: int,
 ) -> Tensor:
-    """All segments in one call of the variable-length flash kernel, causal up to the end of the keys."""
-
-    def spread(tensor: Tensor) -> Tensor:
-        return _Spread.apply(tensor[0].transpose(0, 1), layout.key_index)
-
-    output = flash.varlen_flash(
-        query[0].transpose(0, 1),
-        spread(key),
-        spread(value),
-        query_starts=layout.query_starts,
-        key_starts=layout.key_starts,
-        longest_query=layout.longest_query,
-        longest_key=layout.longest_key,
-        scale=scale,
-        window=window,
-    )
-    return output[None]
+    """All segments in one call, trunks repeated before each branch: a window reaches back from each branch's end."""
+    key, value = _Spread.apply(key, key_index), _Spread.apply(value, key_index)
+    return flash.varlen_flash(query, key, value, segments, scale=scale, window=window)
 
 
 def _group(
