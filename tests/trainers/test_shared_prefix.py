@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from contextlib import nullcontext
 from itertools import pairwise
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from rlvr.fused.lora import fuse_lora
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers.shared_prefix import (
     SUPPORTED_MODEL_TYPES,
+    attention,
     disable,
     enable,
     group_order,
@@ -26,7 +28,6 @@ from rlvr.trainers.shared_prefix import (
 )
 from rlvr.trainers.shared_prefix.attention import TreeLayout, _Spread, tree_attention
 from rlvr.trainers.shared_prefix.packing import IGNORED, Group
-from rlvr.trainers.shared_prefix.split_flash import split_flash
 
 TEMPERATURE = 0.7
 ISSUE_ARCHITECTURES = ("qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3")
@@ -372,7 +373,7 @@ class PlainFlash:
             yield rows, keys, scores
 
     @classmethod
-    def varlen_forward(cls, query, key, value, segments, *, scale, causal, window=None):
+    def varlen_forward(cls, query, key, value, segments, *, scale, causal):
         output, logsumexp = torch.zeros_like(query), query.new_zeros(query.shape[1], len(query))
         for rows, keys, scores in cls.pieces(query, key, segments, scale, causal):
             repeated = value[keys].repeat_interleave(query.shape[1] // value.shape[1], 1)
@@ -399,6 +400,22 @@ class PlainFlash:
         return grads
 
 
+@pytest.fixture
+def plain_flash(monkeypatch):
+    """The flash kernel's ways, computed in plain torch. Says how often each of the two was gone."""
+    gone = Counter()
+    monkeypatch.setattr(flash, "varlen_forward", PlainFlash.varlen_forward)
+    monkeypatch.setattr(flash, "varlen_backward", PlainFlash.varlen_backward)
+    monkeypatch.setattr(flash, "takes", lambda query: True)
+    monkeypatch.setattr(TreeLayout, "of", lambda groups, device, use_flash=True: TreeLayout(groups, device, use_flash))
+    for way in ("split_flash", "_repeated_flash"):
+        own = getattr(attention, way)
+        monkeypatch.setattr(
+            attention, way, lambda *args, _own=own, _way=way, **kw: gone.update([_way]) or _own(*args, **kw)
+        )
+    return gone
+
+
 @pytest.mark.parametrize(
     "groups",
     [
@@ -408,24 +425,40 @@ class PlainFlash:
     ],
     ids=["ragged", "even", "no trunk"],
 )
-def test_attention_in_two_parts_equals_attention_by_group(groups, monkeypatch):
-    monkeypatch.setattr(flash, "varlen_forward", PlainFlash.varlen_forward)
-    monkeypatch.setattr(flash, "varlen_backward", PlainFlash.varlen_backward)
-    layout = TreeLayout.of(groups, torch.device("cpu"))
+def test_attention_in_two_parts_equals_attention_by_group(groups, plain_flash):
     generator = torch.Generator().manual_seed(0)
     tensors = [
         torch.randn(1, heads, groups[-1].end, 8, generator=generator, dtype=torch.float64, requires_grad=True)
         for heads in (4, 2, 2)
     ]
-    outputs = (
-        split_flash(*(tensor[0].transpose(0, 1) for tensor in tensors), layout.split, scale=0.3)[None],
-        tree_attention(*tensors, layout, scale=0.3),
-    )
+    outputs = [
+        tree_attention(*tensors, TreeLayout(groups, torch.device("cpu"), use_flash), scale=0.3)
+        for use_flash in (True, False)
+    ]
+    assert plain_flash == {"split_flash": 1}
     torch.testing.assert_close(*outputs)
     weights = torch.randn(outputs[0].shape, generator=generator, dtype=torch.float64)
     ours, theirs = (torch.autograd.grad((output * weights).sum(), tensors) for output in outputs)
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("architecture", sorted(SUPPORTED_MODEL_TYPES))
+def test_parity_with_attention_in_two_parts(architecture, plain_flash):
+    """Queries come in whatever memory layout the architecture gives them."""
+    oracle, model = prepare(tiny_model(architecture), checkpointing=True)
+    assert_parity(oracle, model, ragged_batch())
+    assert set(plain_flash) == {"split_flash"}
+
+
+def test_a_window_that_cuts_a_prompt_takes_the_other_way(plain_flash, monkeypatch):
+    monkeypatch.setattr(flash, "varlen_flash", lambda query, *args, **kwargs: query)
+    groups = pack_rows(*ragged_batch()).groups
+    layout = TreeLayout(groups, torch.device("cpu"), True)
+    query, key, value = (torch.randn(1, heads, groups[-1].end, 8) for heads in (4, 2, 2))
+    for window in (None, layout.longest, layout.longest - 1):
+        tree_attention(query, key, value, layout, scale=1.0, sliding_window=window)
+    assert plain_flash == {"split_flash": 2, "_repeated_flash": 1}
 
 
 def test_gradients_of_repeated_keys_are_rounded_once():
@@ -528,12 +561,14 @@ def test_parity_on_a_gpu_in_float32(architecture):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("windows", [True, False], ids=["windows", "no windows"])
 @pytest.mark.parametrize("way", ["sdpa", "flash", "flash and fused LoRA"])
-@pytest.mark.parametrize("architecture", ISSUE_ARCHITECTURES)
-def test_parity_on_a_gpu_in_bfloat16(architecture, way):
+@pytest.mark.parametrize("architecture", [*ISSUE_ARCHITECTURES, "glm4"])
+def test_parity_on_a_gpu_in_bfloat16(architecture, way, windows):
     """As near to the float32 truth as the padded forward in bfloat16 is, within a factor."""
-    (_, model), batch = _on_gpu(architecture, torch.bfloat16, **WINDOWS.get(architecture, {}))
-    (truth, padded_model), _ = _on_gpu(architecture, torch.float32, **WINDOWS.get(architecture, {}))
+    options = WINDOWS.get(architecture, {}) if windows else {}
+    (_, model), batch = _on_gpu(architecture, torch.bfloat16, **options)
+    (truth, padded_model), _ = _on_gpu(architecture, torch.float32, **options)
     padded_model.to(torch.bfloat16)
     if way == "flash and fused LoRA":
         assert fuse_lora(model) > 0
@@ -546,3 +581,30 @@ def test_parity_on_a_gpu_in_bfloat16(architecture, way):
     for name, gradient in wanted.items():
         error, reference = ((g[name].float() - gradient).norm() / gradient.norm() for g in (ours, theirs))
         assert error <= 3 * reference + 1e-2, f"{name}: {error:.1e}, padded {reference:.1e}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [16, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    "branches", [[(5, 1, 7), (2,)], [(1, 1, 1), (1,)], [(3,) * 64, (70, 130)]], ids=["ragged", "one token", "many"]
+)
+@pytest.mark.parametrize("trunks", [(0, 1), (200, 70)], ids=str)
+def test_flash_in_two_parts_on_a_gpu(trunks, branches, dim):
+    """Output and gradients against SDPA by group in float32; queries and gradients in layouts that models give."""
+    groups, start = [], 0
+    for trunk, lengths in zip(trunks, branches, strict=True):
+        groups.append(Group(start, trunk, lengths))
+        start = groups[-1].end
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(1, heads, start, dim, generator=generator).to("cuda", torch.bfloat16) for heads in (6, 2, 2)
+    ]
+    weights = torch.randn(1, start, 6, dim, generator=generator).to("cuda", torch.bfloat16)
+    results = []
+    for dtype, use_flash in ((torch.bfloat16, True), (torch.float32, False)):
+        layout = TreeLayout(tuple(groups), torch.device("cuda"), use_flash)
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+        output = tree_attention(*leaves, layout, scale=dim**-0.5)
+        results.append([output, *torch.autograd.grad((output * weights.to(dtype)).sum(), leaves)])
+    for ours, truth in zip(*results, strict=True):
+        assert (ours.float() - truth).norm() <= 1e-2 * truth.norm() + 1e-3

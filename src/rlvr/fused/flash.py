@@ -16,7 +16,7 @@ CAPABILITY = (8, 0)  # Ampere
 
 def takes(query: Tensor) -> bool:
     """Whether the kernel can take these queries (..., D)."""
-    fits = query.is_cuda and query.dtype in DTYPES and query.shape[-1] in HEAD_DIMS
+    fits = query.is_cuda and torch.version.hip is None and query.dtype in DTYPES and query.shape[-1] in HEAD_DIMS
     return fits and _capability(query.device) >= CAPABILITY
 
 
@@ -81,7 +81,8 @@ def varlen_forward(
     """As `varlen_flash`, causal or not.
 
     Returns:
-        The output (N, H, D), and log Σ exp of the scores (H, N), float32.
+        The output (N, H, D), in the memory layout of `query`; and log Σ exp of the scores (H, N), float32. Every query
+        needs a key.
     """
     output, logsumexp, *_ = torch.ops.aten._flash_attention_forward(
         query,
@@ -115,7 +116,7 @@ def varlen_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value. `output` and `logsumexp` may be those over more keys than these: the
     gradients are then this part's share."""
-    no_dropout = torch.zeros(2, dtype=torch.uint64, device=query.device)
+    unread = torch.empty(2, dtype=torch.uint64, device=query.device)  # the state of a dropout that there is not
     return torch.ops.aten._flash_attention_backward(
         grad,
         query,
@@ -129,8 +130,8 @@ def varlen_backward(
         segments.longest_key,
         0.0,
         causal,
-        no_dropout,
-        torch.empty(0, device=query.device),
+        unread,
+        unread,
         scale=scale,
     )
 
@@ -139,7 +140,7 @@ def join(output: Tensor, logsumexp: Tensor, rows: Tensor, more: Tensor, more_log
     """Makes attention over some keys that over more of them, in place.
 
     Args:
-        output: (N, H, D). `logsumexp`: (H, N), float32.
+        output: (N, H, D), over one key at least. `logsumexp`: (H, N), float32.
         rows: (M,), which of the N have more keys; each once.
         more: (M, H, D), their attention over the other keys. `more_logsumexp`: (H, M), float32.
     """

@@ -201,11 +201,12 @@ def rotary(
 
 @triton.jit
 def _join_attention(
-    output, logsumexp, rows, more, more_logsumexp, total, added, heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr
-):
+    output, logsumexp, rows, more, more_logsumexp, total, added, heads, width,
+    row_stride, head_stride, more_row_stride, more_head_stride, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
     index = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + index)
-    head = tl.arange(0, HEADS)
+    head = tl.arange(0, HEADS).to(tl.int64)
     column = tl.arange(0, WIDTH)
     is_head = head < heads
     inside = is_head[:, None] & (column < width)[None, :]
@@ -213,18 +214,20 @@ def _join_attention(
     other = tl.load(more_logsumexp + head * added + index, mask=is_head, other=0.0)
     top = tl.maximum(own, other)
     joint = top + tl.log(tl.exp(own - top) + tl.exp(other - top))
-    place = output + (row * heads + head)[:, None] * width + column[None, :]
+    place = output + row * row_stride + head[:, None] * head_stride + column[None, :]
+    more_place = more + index * more_row_stride + head[:, None] * more_head_stride + column[None, :]
     first = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    second = tl.load(more + (index * heads + head)[:, None] * width + column[None, :], mask=inside, other=0.0)
-    value = first * tl.exp(own - joint)[:, None] + second.to(tl.float32) * tl.exp(other - joint)[:, None]
+    second = tl.load(more_place, mask=inside, other=0.0).to(tl.float32)
+    value = first * tl.exp(own - joint)[:, None] + second * tl.exp(other - joint)[:, None]
     tl.store(place, value.to(output.dtype.element_ty), mask=inside)
     tl.store(logsumexp + head * total + row, joint, mask=is_head)
 
 
 def join_attention(output: Tensor, logsumexp: Tensor, rows: Tensor, more: Tensor, more_logsumexp: Tensor) -> None:
-    """As `flash.join`, of contiguous tensors."""
+    """As `flash.join`. The last axis of `output` and `more` and all of the sums have to be contiguous."""
     total, heads, width = output.shape
     _join_attention[(len(rows),)](
         output, logsumexp, rows, more, more_logsumexp, total, len(rows), heads, width,
+        *output.stride()[:2], *more.stride()[:2],
         HEADS=triton.next_power_of_2(heads), WIDTH=triton.next_power_of_2(width), num_warps=4,
     )  # fmt: skip

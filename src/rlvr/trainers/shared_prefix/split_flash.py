@@ -25,37 +25,44 @@ Span = tuple[int, int]  # first row, and the one after the last
 
 
 @dataclass(frozen=True, kw_only=True)
-class Split:
-    """The two calls of a packed row.
+class Shared:
+    """The second call.
 
     Attributes:
-        own: trunks and branches.
-        shared: branches over trunks, of the groups that have a trunk; None if none has.
-        trunks, branches: where they are in the packed row, for each of these groups.
-        branch_rows: the positions in `branches`, (M,).
+        segments: the branches of each group that has a trunk, over this trunk.
+        trunks, branches: where they are in the packed row, group by group.
+        branch_rows: all positions in `branches`, (M,).
     """
 
-    own: flash.Segments
-    shared: flash.Segments | None
+    segments: flash.Segments
     trunks: tuple[Span, ...]
     branches: tuple[Span, ...]
     branch_rows: Tensor
 
+
+@dataclass(frozen=True)
+class Split:
+    """The two calls of a packed row; without the second where no group has a trunk."""
+
+    own: flash.Segments
+    shared: Shared | None
+
     @classmethod
     def of(cls, groups: Sequence[Group], device: torch.device) -> Split:
         lengths = [length for group in groups for length in (group.trunk, *group.branches) if length]
+        own = flash.Segments.of(lengths, lengths, device)
         sharing = [group for group in groups if group.trunk]
+        if not sharing:
+            return cls(own, None)
         trunks = tuple((group.start, group.start + group.trunk) for group in sharing)
         branches = tuple((group.start + group.trunk, group.end) for group in sharing)
-        return cls(
-            own=flash.Segments.of(lengths, lengths, device),
-            shared=flash.Segments.of(_lengths(branches), _lengths(trunks), device) if sharing else None,
+        shared = Shared(
+            segments=flash.Segments.of(_lengths(branches), _lengths(trunks), device),
             trunks=trunks,
             branches=branches,
-            branch_rows=torch.cat([torch.arange(*span) for span in branches] or [torch.empty(0, dtype=torch.long)]).to(
-                device
-            ),
+            branch_rows=torch.cat([torch.arange(*span) for span in branches]).to(device),
         )
+        return cls(own, shared)
 
 
 def split_flash(query: Tensor, key: Tensor, value: Tensor, split: Split, *, scale: float) -> Tensor:
@@ -64,7 +71,7 @@ def split_flash(query: Tensor, key: Tensor, value: Tensor, split: Split, *, scal
         query: (N, H, D), rotated. `key`, `value`: (N, H_kv, D).
 
     Returns:
-        (N, H, D).
+        (N, H, D). Each part of it, and of a gradient, is rounded, and then their sum.
     """
     return _SplitFlash.apply(query, key, value, split, scale)
 
@@ -74,12 +81,16 @@ class _SplitFlash(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, split: Split, scale: float) -> Tensor:
         output, logsumexp = flash.varlen_forward(query, key, value, split.own, scale=scale, causal=True)
         if split.shared is not None:
-            shared_query = _rows(query, split.branches)
-            shared_key, shared_value = _rows(key, split.trunks), _rows(value, split.trunks)
-            part = flash.varlen_forward(
-                shared_query, shared_key, shared_value, split.shared, scale=scale, causal=False
+            shared = split.shared
+            part, part_logsumexp = flash.varlen_forward(
+                _rows(query, shared.branches),
+                _rows(key, shared.trunks),
+                _rows(value, shared.trunks),
+                shared.segments,
+                scale=scale,
+                causal=False,
             )
-            flash.join(output, logsumexp, split.branch_rows, *part)
+            flash.join(output, logsumexp, shared.branch_rows, part, part_logsumexp)
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.split, ctx.scale = split, scale
         return output
@@ -91,13 +102,20 @@ class _SplitFlash(torch.autograd.Function):
         split, scale = ctx.split, ctx.scale
         grads = flash.varlen_backward(grad, query, key, value, output, logsumexp, split.own, scale=scale, causal=True)
         if split.shared is not None:
-            grad, query, output = (_rows(tensor, split.branches) for tensor in (grad, query, output))
-            key, value = _rows(key, split.trunks), _rows(value, split.trunks)
-            logsumexp = logsumexp[:, split.branch_rows]
+            shared = split.shared
             parts = flash.varlen_backward(
-                grad, query, key, value, output, logsumexp, split.shared, scale=scale, causal=False
+                _rows(grad, shared.branches),
+                _rows(query, shared.branches),
+                _rows(key, shared.trunks),
+                _rows(value, shared.trunks),
+                _rows(output, shared.branches),
+                logsumexp.index_select(1, shared.branch_rows),
+                shared.segments,
+                scale=scale,
+                causal=False,
             )
-            for whole, spans, part in zip(grads, (split.branches, split.trunks, split.trunks), parts, strict=True):
+            of_query_key_value = shared.branches, shared.trunks, shared.trunks
+            for whole, part, spans in zip(grads, parts, of_query_key_value, strict=True):
                 torch._foreach_add_([whole[slice(*span)] for span in spans], list(part.split(_lengths(spans))))
         return *grads, None, None
 
