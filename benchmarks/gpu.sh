@@ -19,7 +19,9 @@ if ! nvidia-smi > /dev/null 2>&1; then echo "$0: there is no GPU here." >&2; exi
 peers() {
   step results --shape 1.5b --peers rlvr --steps 12
   step results --shape 1.5b --peers trl --steps 3
-  step results --shape 1.5b --peers unsloth rlvr-unsloth --steps 4
+  step results --shape 1.5b --peers unsloth --steps 4
+  step overhead --shape 0.5b --peers unsloth rlvr-unsloth unsloth rlvr-unsloth unsloth rlvr-unsloth --steps 8 \
+    --prompt-tokens 512 --completion-tokens 64
 }
 
 sizes() {

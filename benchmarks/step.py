@@ -247,7 +247,10 @@ def trainer_of(peer: str, options: argparse.Namespace, cuda: bool):
         return GRPOTrainer(**arguments)
     from rlvr.trainers import EnhancedGRPOTrainer
 
-    return EnhancedGRPOTrainer(**arguments, rollout_engine=options.rollout_engine, shared_prefix=options.shared_prefix)
+    return EnhancedGRPOTrainer(
+        **arguments, rollout_engine=options.rollout_engine, shared_prefix=options.shared_prefix,
+        trajectory_sinks=[lambda records: None],  # with records, and the hash of the weights in them, as in a run
+    )  # fmt: skip
 
 
 def policy(peer: str, folder: str, length: int, cuda: bool):
