@@ -43,31 +43,39 @@ def assert_same(model, peft, **tolerance):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often the fused product runs."""
+    """The layers that are computed together, for every time that some are."""
     seen = []
-    product = lora._lora_product
-    monkeypatch.setattr(lora, "_lora_product", lambda *args: seen.append(1) or product(*args))
+    products = lora._lora_products
+    monkeypatch.setattr(lora, "_lora_products", lambda x, layers: seen.append(layers) or products(x, layers))
     return seen
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "llama", "phi3"])  # qwen2's projections have biases
-def test_equals_peft_in_float32(architecture, calls):
+@pytest.mark.parametrize(
+    ("architecture", "together"),  # qwen2's projections have biases; phi3's are packed
+    [("qwen2", [3, 1, 2, 1]), ("llama", [3, 1, 2, 1]), ("phi3", [1, 1, 1, 1])],
+)
+def test_equals_peft_in_float32(architecture, together, calls):
     model, peft = lora_model(architecture)
     layers = fuse_lora(model)
     assert fuse_lora(model) == layers > 0
     assert_same(model, peft, rtol=1e-4, atol=1e-6)
-    assert len(calls) == layers
+    assert [len(layers) for layers in calls] == together * model.get_base_model().config.num_hidden_layers
 
 
 def test_gradcheck():
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias, a, b = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        for shape in ((5, 4), (3, 4), (3,), (2, 4), (3, 2))
+    shapes = (5, 4), (3, 4), (3,), (2, 4), (3, 2), (6, 4), (1, 4), (6, 1)
+    x, weight, bias, a, b, second_weight, second_a, second_b = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes
     )
-    for tensor in (x, a, b):
-        tensor.requires_grad_()
-    assert torch.autograd.gradcheck(lambda *free: lora._lora_product(free[0], weight, bias, *free[1:], 1.5), (x, a, b))
+
+    def outputs(x, a, b, second_a, second_b):
+        layers = lora._Layer(weight, bias, a, b, 1.5), lora._Layer(second_weight, None, second_a, second_b, 0.5)
+        return lora._lora_products(x, layers)
+
+    free = [tensor.requires_grad_() for tensor in (x, a, b, second_a, second_b)]
+    assert torch.autograd.gradcheck(outputs, free)
+    assert torch.autograd.gradcheck(lambda *free: outputs(*free)[1], free)  # the first without a gradient
 
 
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
@@ -97,19 +105,49 @@ def test_with_gradient_checkpointing(calls):
     layers = fuse_lora(model)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert_same(model, peft, rtol=1e-4, atol=1e-6)
-    assert len(calls) == 2 * layers
+    assert sum(map(len, calls)) == 2 * layers
 
 
 def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkeypatch):
     model, _ = lora_model("llama")
-    layers = fuse_lora(model)
+    fuse_lora(model)
     blocks = model.get_base_model().config.num_hidden_layers
     outputs = []
     apply = lora._LoraOutput.apply
     monkeypatch.setattr(lora._LoraOutput, "apply", lambda *args: outputs.append(1) or apply(*args))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     outputs_and_gradients(model)
-    assert len(outputs) == 2 * layers - blocks
+    per_block = 4  # queries, keys and values; their output; gate and up; down
+    assert len(outputs) == 2 * per_block * blocks - blocks
+
+
+def test_layers_are_computed_together_only_while_all_are_plain(calls):
+    model, peft = lora_model("llama")
+    fuse_lora(model)
+    for m in (model, peft):
+        m.get_base_model().model.layers[0].self_attn.v_proj.base_layer.requires_grad_(True)
+    assert_same(model, peft, rtol=1e-4, atol=1e-6)
+    assert [len(layers) for layers in calls] == [
+        1,
+        1,
+        1,
+        2,
+        1,
+        3,
+        1,
+        2,
+        1,
+    ]  # two blocks; `v_proj` by PEFT in the first
+
+
+def test_a_layer_with_an_input_of_its_own_computes_it(calls):
+    model, peft = lora_model("llama")
+    fuse_lora(model)
+    ours, theirs = (m.get_base_model().model.layers[0].self_attn for m in (model, peft))
+    x, other = torch.randn(2, 3, 32), torch.randn(2, 3, 32)
+    for name, given in (("q_proj", x), ("k_proj", other), ("v_proj", x), ("v_proj", x)):
+        torch.testing.assert_close(getattr(ours, name)(given), getattr(theirs, name)(given))
+    assert [len(layers) for layers in calls] == [3, 1, 1]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped import GroupedEngine
 from rlvr.rollout.grouped.attention import Decode, Prefill
 from rlvr.rollout.grouped.cache import Cache, CacheShape
+from rlvr.rollout.grouped.sampling import draw
 from rlvr.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -209,3 +210,19 @@ def test_packed_prompts_attend_as_each_by_itself_does(window):
 
     output, expected = attended(torch.bfloat16), attended(torch.float32)
     assert (output - expected).norm() / expected.norm() < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("vocabulary", [13, 4096, 151_936])
+def test_kernels_draw_as_plain_torch_does(vocabulary, temperature, dtype):
+    generator = torch.Generator("cuda").manual_seed(0)
+    logits = (3 * torch.randn((64, vocabulary), device="cuda", generator=generator)).to(dtype)
+    logits[0, : vocabulary // 2] = -torch.inf  # whole pieces without a token
+    logits[1, 5:] = -torch.inf
+    state = generator.get_state()
+    tokens, logprobs = draw(logits, SamplingSettings(temperature=temperature), generator=generator)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator.set_state(state))
+    expected = (logits.double() / temperature).log_softmax(-1)
+    assert torch.equal(tokens, (expected - noise.double().log()).argmax(-1))
+    torch.testing.assert_close(logprobs, expected.gather(1, tokens[:, None])[:, 0].float())

@@ -61,14 +61,14 @@ class _RmsNorm(torch.autograd.Function):
             inverse = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
             normed = x.float() * inverse[:, None]
             y = (normed.to(x.dtype) * weight if style.rounds else normed * (weight.float() + style.shift)).to(dtype)
-        ctx.save_for_backward(x, weight, inverse)
-        ctx.shift = style.shift
+        ctx.save_for_backward(x, inverse)
+        ctx.weight, ctx.shift = weight, style.shift  # kept, not saved: see `lora._LoraInput`
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
+        (x, inverse), weight = ctx.saved_tensors, ctx.weight
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0] and x.is_cuda:
             from rlvr.fused.kernels import rms_norm_backward
@@ -116,7 +116,7 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin)
+        ctx.cos, ctx.sin = cos, sin  # the same for all layers, so kept, not saved
         ctx.dtypes = q.dtype, k.dtype
         dtypes = torch.promote_types(q.dtype, cos.dtype), torch.promote_types(k.dtype, cos.dtype)
         return _rotated(q, k, cos, sin, dtypes, backward=False)
@@ -124,8 +124,7 @@ class _Rotary(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
-        cos, sin = ctx.saved_tensors
-        return *_rotated(grad_q, grad_k, cos, sin, ctx.dtypes, backward=True), None, None
+        return *_rotated(grad_q, grad_k, ctx.cos, ctx.sin, ctx.dtypes, backward=True), None, None
 
 
 def _rotated(

@@ -1,90 +1,125 @@
 """LoRA linear layers in fewer, smaller kernels: y = x Wᵀ + b + s (x Aᵀ) Bᵀ as one differentiable function.
 
-PEFT keeps adapters in float32 and computes them apart: the input is copied to float32 and back for every
-layer, and the adapter's output, as large as the layer's, is scaled, added and rounded in kernels of its own.
-Here the low-rank product is accumulated into the layer's output by the matrix product itself, and layers that
-share an input share what is kept of it for the backward pass. Same mathematics; under autocast also the same
-precision, since autocast runs PEFT's products in half precision too.
+PEFT keeps adapters in float32 and computes them apart: the input is copied to float32 and back for every layer, and
+the adapter's output, as large as the layer's, is scaled, added and rounded in kernels of its own. Here the low-rank
+product is accumulated into the layer's output by the matrix product itself, and layers that share an input share what
+is read of it: queries, keys and values are computed together, and gate and up. Same mathematics; under autocast also
+the same precision, since autocast runs PEFT's products in half precision too.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that it calls in this order, with the same input."""
 
-def _lora_product(x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """x (n, in), W (out, in), b (out,) or None, A (r, in), B (out, r); W and b are frozen."""
-    promised, hidden, low_rank_b = _LoraInput.apply(x, weight, a, b, scaling)
-    return _LoraOutput.apply(promised, x, hidden, weight, bias, low_rank_b, scaling)
+
+class _Layer(NamedTuple):
+    """One of the linear layers that share an input."""
+
+    weight: Tensor  # (out, in), frozen, as the next one
+    bias: Tensor | None  # (out,)
+    a: Tensor  # (r, in)
+    b: Tensor  # (out, r)
+    scaling: float
+
+
+def _lora_products(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
+    """x (n, in) → (n, out) for each layer."""
+    with torch.no_grad():  # `_LoraInput` computes the gradients of A and B
+        every_b = [layer.b.to(x.dtype) for layer in layers]
+        all_a = (layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])).to(x.dtype)
+        hidden = x @ all_a.t()
+    adapters = [tensor for layer in layers for tensor in (layer.a, layer.b)]
+    promised = _LoraInput.apply(x, hidden, all_a, every_b, layers, *adapters)
+    return _LoraOutput.apply((x, hidden, every_b), layers, *promised)
 
 
 class _LoraInput(torch.autograd.Function):
-    """The narrow product, and the backward pass of both.
+    """The backward pass of layers that share an input.
 
-    It saves all that the backward pass needs before the output is computed. Non-reentrant checkpointing stops to
+    It saves all that the backward pass needs before the outputs are computed. Non-reentrant checkpointing stops to
     compute again once everything is saved: so a block's last layer, `down_proj` where no norm follows it, does not
-    compute its output twice.
+    compute its output twice. Weights are kept without being saved: checkpointing looks at what is saved piece by
+    piece, which takes the host longer than a kernel takes the GPU.
+
+    Args:
+        hidden: x Aᵀ (n, Σr), the layers side by side.
+        all_a, every_b: A of all layers (Σr, in), and each B (out, r), in x's dtype.
+        adapters: A, B, A, B, ... as they are trained.
 
     Returns:
-        What `_LoraOutput` takes: a tensor of the output's shape that holds nothing, for the gradient to come back
-        through; x Aᵀ (n, r); and B in x's dtype.
+        What `_LoraOutput` takes: for each layer a tensor of its output's shape that holds nothing, for the gradient
+        to come back through.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, b: Tensor, scaling: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        low_rank_a, low_rank_b = a.to(x.dtype), b.to(x.dtype)
-        hidden = x @ low_rank_a.t()
-        promised = x.new_empty(()).expand(len(x), len(weight))
-        ctx.save_for_backward(x, weight, low_rank_a, low_rank_b, hidden)
-        ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
-        ctx.mark_non_differentiable(hidden, low_rank_b)
-        ctx.set_materialize_grads(False)  # theirs would be zeros, made for nothing
-        return promised, hidden, low_rank_b
+        ctx: Any,
+        x: Tensor,
+        hidden: Tensor,
+        all_a: Tensor,
+        every_b: Sequence[Tensor],
+        layers: Sequence[_Layer],
+        *adapters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, hidden)
+        ctx.all_a, ctx.every_b, ctx.layers = all_a, every_b, layers
+        return tuple(x.new_empty(()).expand(len(x), len(layer.weight)) for layer in layers)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, hidden = ctx.saved_tensors
-        grad_hidden = _scaled_product(grad, b, ctx.scaling)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, hidden = ctx.saved_tensors
+        layers, ranks = ctx.layers, _ranks(ctx.layers)
+        grad_hidden = torch.empty_like(hidden)
+        for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, ctx.every_b, layers, strict=True):
+            part.addmm_(grad, b, beta=0, alpha=layer.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = (grad_hidden @ a).addmm_(grad, weight)
-        grad_a = (grad_hidden.t() @ x).to(ctx.adapter_dtype)
-        grad_b = _scaled_product(grad.t(), hidden, ctx.scaling).to(ctx.adapter_dtype)
-        return grad_x, None, grad_a, grad_b, None
+            grad_x = grad_hidden @ ctx.all_a
+            for grad, layer in zip(grads, layers, strict=True):
+                grad_x.addmm_(grad, layer.weight)
+        grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
+        grad_b = [
+            _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
+            for grad, part, layer in zip(grads, hidden.split(ranks, 1), layers, strict=True)
+        ]
+        return grad_x, None, None, None, None, *(grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair)
 
 
 class _LoraOutput(torch.autograd.Function):
-    """The output; its gradient goes to `promised`."""
+    """The outputs; their gradients go to `promised`."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        promised: Tensor,
-        x: Tensor,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        low_rank_b: Tensor,
-        scaling: float,
-    ) -> Tensor:
-        # The narrow product first: the wide one, which has the time for it, then adds up.
-        if bias is None:
-            output = _scaled_product(hidden, low_rank_b.t(), scaling)
-        else:
-            output = torch.addmm(bias, hidden, low_rank_b.t(), alpha=scaling)
-        return output.addmm_(x, weight.t())
+        ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[Tensor]], layers: Sequence[_Layer], *promised: Tensor
+    ) -> tuple[Tensor, ...]:
+        x, hidden, every_b = inputs
+        outputs = []
+        for part, b, layer in zip(hidden.split(_ranks(layers), 1), every_b, layers, strict=True):
+            # The narrow product first: the wide one, which has the time for it, then adds up.
+            if layer.bias is None:
+                output = _scaled_product(part, b.t(), layer.scaling)
+            else:
+                output = torch.addmm(layer.bias, part, b.t(), alpha=layer.scaling)
+            outputs.append(output.addmm_(x, layer.weight.t()))
+        return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad, None, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, None, *grads
+
+
+def _ranks(layers: Sequence[_Layer]) -> list[int]:
+    return [len(layer.a) for layer in layers]
 
 
 def _scaled_product(one: Tensor, other: Tensor, scale: float) -> Tensor:
@@ -107,38 +142,70 @@ def fuse_lora(model: nn.Module) -> int:
     for layer in layers:
         if "forward" not in layer.__dict__:
             layer.__dict__["forward"] = _Forward(layer)
+    for parent in model.modules():
+        for names in SAME_INPUT:
+            forwards = [_forward_of(parent._modules.get(name)) for name in names]
+            if forwards[0] is not None:
+                forwards[0].others = [forward for forward in forwards[1:] if forward is not None]
     return len(layers)
 
 
 def unfuse_lora(model: nn.Module) -> None:
     """Gives PEFT's layers their own forward back."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), _Forward):
+        if _forward_of(module) is not None:
             del module.forward
 
 
+def _forward_of(module: nn.Module | None) -> _Forward | None:
+    forward = None if module is None else module.__dict__.get("forward")
+    return forward if isinstance(forward, _Forward) else None
+
+
 class _Forward:
-    """The forward of one layer. An object, so that in a copy of the model it belongs to the copied layer."""
+    """The forward of one layer. An object, so that in a copy of the model it belongs to the copied layer.
+
+    Attributes:
+        others: of the layers that are called next with the same input, and are computed together with this one.
+        ready: an input, and this layer's output for it, if it was computed with another.
+    """
 
     def __init__(self, layer: LoraLinear):
         self.layer: Any = layer
+        self.others: list[_Forward] = []
+        self.ready: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        layer = self.layer
-        adapter = None if args or kwargs else _only_adapter(layer)
-        if adapter is None:
-            return LoraLinear.forward(layer, x, *args, **kwargs)
-        base, a, b = layer.base_layer, layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-        elif x.dtype == base.weight.dtype == a.dtype == b.dtype:
-            dtype = x.dtype
-        else:
-            return LoraLinear.forward(layer, x)
+        ready, self.ready = self.ready, None
+        if args or kwargs:
+            return LoraLinear.forward(self.layer, x, *args, **kwargs)
+        if ready is not None and ready[0] is x:
+            return ready[1]
+        together = [self, *self.others]
+        outputs = _outputs(x, [forward.layer for forward in together]) or _outputs(x, [self.layer])
+        if outputs is None:
+            return LoraLinear.forward(self.layer, x)
+        for other, output in zip(together[1:], outputs[1:], strict=False):  # this layer alone: nothing for the others
+            other.ready = (x, output)
+        return outputs[0]
+
+
+def _outputs(x: Tensor, lora_layers: Sequence[Any]) -> list[Tensor] | None:
+    """The layers' outputs for one input; None if one of them is now more than W, b, A and B, or of unlike dtypes."""
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    layers = []
+    for lora_layer in lora_layers:
+        name = _only_adapter(lora_layer)
+        if name is None:
+            return None
+        base, a, b = lora_layer.base_layer, lora_layer.lora_A[name].weight, lora_layer.lora_B[name].weight
+        if not autocast and not dtype == base.weight.dtype == a.dtype == b.dtype:
+            return None
         bias = None if base.bias is None else base.bias.to(dtype)
-        flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        output = _lora_product(flat, base.weight.to(dtype), bias, a, b, layer.scaling[adapter])
-        return output.view(*x.shape[:-1], output.shape[-1])
+        layers.append(_Layer(base.weight.to(dtype), bias, a, b, lora_layer.scaling[name]))
+    outputs = _lora_products(x.reshape(-1, x.shape[-1]).to(dtype), layers)
+    return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 
 
 def _only_adapter(layer: LoraLinear) -> str | None:

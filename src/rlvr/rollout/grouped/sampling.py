@@ -58,8 +58,13 @@ def draw(
         Tokens [B], int64, and log-probabilities [B], float32, in nats: of the whole distribution at the sampling
         temperature, before any token is excluded, which is what training recomputes. Greedy: at temperature 1.
     """
-    logprobs = _log_softmax(logits, settings.temperature or 1.0)
     plain = settings == SamplingSettings(temperature=settings.temperature)  # then logprobs do as scores
+    if plain and settings.temperature > 0 and logits.is_cuda:
+        from rlvr.rollout.grouped.draw_kernels import draw_plain
+
+        noise = torch.empty(logits.shape, dtype=torch.float32, device=logits.device).exponential_(generator=generator)
+        return draw_plain(logits, noise, settings.temperature)
+    logprobs = _log_softmax(logits, settings.temperature or 1.0)
     scores = logprobs if plain else process(logits.float(), settings, seen)
     if settings.temperature == 0:
         tokens = scores.argmax(dim=-1)
