@@ -124,6 +124,13 @@ def test_the_plot_says_what_it_shows(tmp_path):
     assert texts[: texts.index("step")] == ["1", "2", "3"]
 
 
+def test_the_reward_of_a_single_step_is_seen(tmp_path):
+    run = dataclasses.replace(FIRST, rewards=[0.5], step_seconds=[2.0], rollout_seconds=[1.0], scoring_seconds=[0.5])
+    plot(Comparison(env="arithmetic", model="m", as_is=False, runs=(run, run)), tmp_path / "c.png")
+    middle = imread(tmp_path / "c.png")[200:400, 300:600, :3]  # of the rewards
+    assert (middle < 0.7).any()
+
+
 @pytest.mark.parametrize("installed", [True, False])
 def test_a_comparison_has_a_picture_where_matplotlib_is(monkeypatch, tmp_path, capsys, installed):
     comparison = Comparison(env="arithmetic", model="m", as_is=False, runs=(FIRST, OTHER))
