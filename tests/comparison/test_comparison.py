@@ -6,14 +6,17 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
 from rlvr.cli import main
 from rlvr.cli.compare import print_comparison
 from rlvr.comparison import BackendRun, Comparison, compare
-from rlvr.comparison import plot as plot_module
+from rlvr.comparison.plot import plot
 from rlvr.errors import BackendError, ConfigError, RunFolderError, UnknownPluginError
 
 has_unsloth = importlib.util.find_spec("unsloth") is not None
@@ -90,56 +93,55 @@ def test_one_step_alone_is_its_own_median():
     assert FIRST.steady([2.5]) == 2.5
 
 
-class Canvas:
-    """As much of matplotlib as is used: keeps what is drawn."""
-
-    def __init__(self, *args, **options):
-        self.drawn, self.axes = [], []
-
-    def subplots(self, rows, columns):
-        self.axes = [Canvas() for _ in range(columns)]
-        return self.axes
-
-    def plot(self, steps, values, style, label):
-        self.drawn.append((label, list(values)))
-
-    def barh(self, names, widths, left, label):
-        self.drawn.append((label, widths, left))
-
-    def savefig(self, path, dpi):
-        path.write_bytes(b"picture")
-
-    def set(self, **labels):
-        pass
-
-    legend = invert_yaxis = set
-
-
-def test_the_plot_stacks_the_parts_of_a_step(monkeypatch, tmp_path):
+def test_the_plot_draws_every_reward_and_stacks_the_parts_of_a_step(monkeypatch, tmp_path):
     figures = []
 
-    def figure(**options):
-        figures.append(Canvas())
-        return figures[-1]
+    class KeptFigure(Figure):
+        def __init__(self, **options):
+            super().__init__(**options)
+            figures.append(self)
 
-    for name, content in (
-        ("matplotlib", {}),
-        ("matplotlib.figure", {"Figure": figure}),
-        ("matplotlib.backends", {}),
-        ("matplotlib.backends.backend_agg", {"FigureCanvasAgg": Canvas}),
-    ):
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
-    plot_module.plot(Comparison(env="e", model="m", as_is=False, runs=(FIRST, OTHER)), tmp_path / "c.png")
+    monkeypatch.setattr("matplotlib.figure.Figure", KeptFigure)
+    plot(Comparison(env="arithmetic", model="models/tiny", as_is=False, runs=(FIRST, OTHER)), tmp_path / "c.png")
     reward, times = figures[0].axes
-    assert reward.drawn == [("one", [0.25, 0.5, 0.75]), ("other", [0.25, 0.5, 0.75])]
-    assert times.drawn == [
-        ("rollout", [1.5, 1.5], [0.0, 0.0]),
-        ("scoring", [0.375, 0.375], [1.5, 1.5]),
-        ("update", [1.125, 1.125], [1.875, 1.875]),
-    ]
-    assert (tmp_path / "c.png").exists()
+    drawn = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in reward.lines]
+    assert drawn == [("one", [1, 2, 3], [0.25, 0.5, 0.75]), ("other", [1, 2, 3], [0.25, 0.5, 0.75])]
+    bars = {part.get_label(): [(bar.get_x(), bar.get_width()) for bar in part] for part in times.containers}
+    assert bars == {"rollout": [(0, 1.5)] * 2, "scoring": [(1.5, 0.375)] * 2, "update": [(1.875, 1.125)] * 2}
+    pixels = imread(tmp_path / "c.png")
+    assert pixels.shape == (600, 1500, 4)
+    for part in times.containers:
+        assert (abs(pixels - part[0].get_facecolor()) < 0.01).all(axis=-1).sum() > 1000, part.get_label()
+
+
+def test_the_plot_says_what_it_shows(tmp_path):
+    with rc_context({"svg.fonttype": "none"}):
+        plot(Comparison(env="arithmetic", model="models/tiny", as_is=False, runs=(FIRST, OTHER)), tmp_path / "c.svg")
+    picture = ElementTree.parse(tmp_path / "c.svg")
+    texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
+    assert {"arithmetic, tiny", "mean reward", "seconds a step (median)", "rollout", "scoring", "update"} <= {*texts}
+    assert texts.count("one") == texts.count("other") == 2  # a line and bars
+    assert texts[: texts.index("step")] == ["1", "2", "3"]
+
+
+def test_the_reward_of_a_single_step_is_seen(tmp_path):
+    run = dataclasses.replace(FIRST, rewards=[0.5], step_seconds=[2.0], rollout_seconds=[1.0], scoring_seconds=[0.5])
+    plot(Comparison(env="arithmetic", model="m", as_is=False, runs=(run, run)), tmp_path / "c.png")
+    middle = imread(tmp_path / "c.png")[200:400, 300:600, :3]  # of the rewards
+    assert (middle < 0.7).any()
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_comparison_has_a_picture_where_matplotlib_is(monkeypatch, tmp_path, capsys, installed):
+    comparison = Comparison(env="arithmetic", model="m", as_is=False, runs=(FIRST, OTHER))
+    monkeypatch.setattr("rlvr.comparison.compare", lambda *arguments, **options: comparison)
+    if not installed:
+        monkeypatch.setattr("rlvr.comparison.plot.find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "arithmetic", "--backends", "one,other", "-m", "m", "--output-dir", str(tmp_path)])
+    assert not stop.value.code
+    assert (tmp_path / "comparison.png").exists() == installed
+    assert ('pip install "rlvr[docs]"' in capsys.readouterr().out) != installed
 
 
 @pytest.mark.parametrize("backends", [[], ["hf"], ["hf", "hf"]], ids=str)
@@ -222,6 +224,7 @@ def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
         assert run["tokens"] > 0
         assert run["peak_bytes"] > 2**20
     assert (tmp_path / "equalised" / "hf" / "metrics.jsonl").exists()
+    assert (tmp_path / "equalised" / "comparison.png").exists()
 
 
 def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, capsys, model_folder, other_backend):

@@ -1,11 +1,14 @@
 """The hash of trained weights, against its definition in Python's own integers, and what it has to tell apart."""
 
 import hashlib
+import operator
+import struct
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlvr.testing.tiny import tiny_model
 from rlvr.tracking import adapter_hash as module
@@ -14,6 +17,14 @@ from rlvr.tracking.adapter_hash import ROW, adapter_hash, hash_of, row_sums
 pytestmark = pytest.mark.both
 
 MASK = (1 << 64) - 1
+
+
+class CountedOperations(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
 
 
 def splitmix64(count):
@@ -34,30 +45,72 @@ def test_the_factors_are_splitmix64_made_odd():
     assert [value & MASK for value in module._factors("cpu").tolist()] == [number | 1 for number in numbers]
 
 
-def test_the_hash_is_what_it_says_it_is():
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "b": torch.randn(3, 5, generator=generator),
-        "a": torch.randint(-100, 100, (ROW + 7,), dtype=torch.int8, generator=generator),
-    }
-    factors = [number | 1 for number in splitmix64(ROW)]
-    digest = hashlib.sha256()
-    for name, dtype, shape in (("a", "int8", f"({ROW + 7},)"), ("b", "float32", "(3, 5)")):
-        tensor = tensors[name].flatten()
-        bits = (tensor.view(torch.int32) if dtype == "float32" else tensor).tolist()
-        digest.update(f"{name} {dtype} {shape}\n".encode())
-        for start in range(0, len(bits), ROW):
-            total = sum(bit * factor for bit, factor in zip(bits[start : start + ROW], factors, strict=False))
+def reference(tensors):
+    """The documented hash, of integers and `struct`'s bits."""
+    factors, digest = [number | 1 for number in splitmix64(ROW)], hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        if tensor.dtype in (torch.bfloat16, torch.float16):
+            tensor = tensor.float()
+        kind = {"float32": "f", "float64": "d", "int8": "b", "int64": "q"}[str(tensor.dtype).removeprefix("torch.")]
+        values = tensor.flatten().tolist()
+        packed = struct.pack(f"<{len(values)}{kind}", *values)
+        bits = struct.unpack(f"<{len(packed)}b" if kind == "b" else f"<{len(packed) // 4}i", packed)
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        for start in range(0, len(bits) + 1, ROW):
+            total = sum(map(operator.mul, bits[start : start + ROW], factors))
             digest.update((total & MASK).to_bytes(8, "little"))
-    assert hash_of(tensors) == digest.hexdigest()
+    return digest.hexdigest()
 
 
-def test_rows_are_summed_alike_however_many_at_once(monkeypatch):
+def varied_tensors():
+    """Shapes, dtypes and names shuffled among each other: more alike than are summed at once, whole rows, none."""
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(3, 5, generator=generator) for _ in range(4)]
+    made += [torch.randn(5, 3, generator=generator), torch.randn(5, 3, generator=generator).t()]
+    made += [torch.randn(3, 5, generator=generator).to(d) for d in (torch.bfloat16, torch.float16, torch.float64)]
+    made += [torch.randn(ROW // 4 + 1, generator=generator) for _ in range(5)]
+    made += [torch.randn(2, ROW, generator=generator), torch.randn(2, ROW, generator=generator)]
+    made += [torch.randint(-(2**62), 2**62, (ROW // 2 + 3,), generator=generator) for _ in range(2)]
+    made += [torch.randint(-100, 100, (ROW + 7,), dtype=torch.int8, generator=generator) for _ in range(2)]
+    made += [torch.nn.Parameter(torch.randn(7, generator=generator)), torch.tensor(2.5), torch.zeros(0, 4)]
+    return {f"{place * 11 % len(made)}.weight": tensor for place, tensor in enumerate(made)}
+
+
+@pytest.mark.parametrize("rows_at_once", [1, 2, 64])
+def test_the_hash_is_what_it_says_it_is(monkeypatch, rows_at_once):
+    monkeypatch.setattr(module, "_at_once", lambda device: rows_at_once * ROW)
+    tensors = varied_tensors()
+    assert hash_of(tensors) == reference(tensors)
+
+
+def test_the_hash_stays_what_it_was():
+    tensors = {f"{layer}.w": torch.arange(layer, layer + 6).view(2, 3) / 8 for layer in range(12)}
+    tensors |= {"whole": torch.arange(2 * ROW, dtype=torch.int64), "few": torch.tensor([1.5, -2.5]).bfloat16()}
+    assert hash_of(tensors) == reference(tensors) == "1a65feb5de840e300af40d4863d8427f865d71c548e51aa64b9e0ca688fa83ec"
+
+
+def test_a_large_tensor_is_summed_in_parts(monkeypatch):
     tensor = torch.randn(5 * ROW + 3)
-    one = row_sums(tensor)
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", {})
-    assert torch.equal(one, row_sums(tensor))
-    assert len(one) == 6
+    sums = row_sums([tensor])
+    monkeypatch.setattr(module, "_at_once", lambda device: 2 * ROW)
+    assert torch.equal(sums, row_sums([tensor]))
+    assert sums.shape == (1, 6)
+
+
+def test_tensors_alike_are_summed_together(monkeypatch):
+    """Launching a kernel costs more than an adapter's tensor does: their number must not grow with the layers."""
+    monkeypatch.setattr(module, "_at_once", lambda device: 64 * ROW)
+
+    row_sums([torch.ones(1)])  # makes the factors, once
+
+    def operations(layers):
+        matrices = {f"{layer}.{name}": torch.ones(4, 6) for layer in range(layers) for name in "qkv"}
+        with CountedOperations() as counted:
+            hash_of(matrices)
+        return counted.count
+
+    assert operations(layers=28) == operations(layers=1) < 20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64])

@@ -1,8 +1,8 @@
 """The hash of a policy's trained weights: one for the live policy, for its files, and for what is loaded from them.
 
-    sums   Σᵢ bitsᵢ · rᵢ mod 2⁶⁴ over every 65,536 elements of a tensor, with bitsᵢ an element's bits as a signed
-           integer (two of them for 8 bytes) and r fixed pseudo-random odd numbers (SplitMix64,
-           doi:10.1145/2660193.2660195)
+    sums   Σᵢ bitsᵢ · rᵢ mod 2⁶⁴ over every 65,536 elements of a tensor, and over the fewer that are left, if none 0,
+           with bitsᵢ an element's bits as a signed integer (two of them for 8 bytes) and r fixed pseudo-random odd
+           numbers (SplitMix64, doi:10.1145/2660193.2660195)
     hash   SHA-256 over name, dtype, shape and sums of every tensor, in the order of their names
 
 Floats of fewer than 32 bits count as the float32 numbers that they are: TRL makes adapters on quantized weights
@@ -16,13 +16,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
 ROW = 65_536  # elements that share a sum
-_ROWS_AT_ONCE = {"cpu": 1}  # products stay in the cache; elsewhere 64: 32 MB of them, and few kernels
 _MASK = (1 << 64) - 1
 
 
@@ -42,13 +41,16 @@ def hash_of(tensors: Mapping[str, torch.Tensor]) -> str:
     """The hash of named tensors, on whatever devices they are."""
     import torch
 
-    names = sorted(tensors)
+    batches = _batches(tensors)
     with torch.no_grad():
-        sums = _on_host([row_sums(tensors[name].detach()) for name in names])
+        found = _on_host([row_sums([tensors[name] for name in names]) for names in batches])
+    sums: dict[str, Any] = {}
+    for names, values in zip(batches, found, strict=True):
+        sums.update(zip(names, values.numpy().astype("<i8").reshape(len(names), -1), strict=True))
     digest = hashlib.sha256()
-    for name, values in zip(names, sums, strict=True):
+    for name in sorted(tensors):
         digest.update(f"{name} {_dtype(tensors[name])} {tuple(tensors[name].shape)}\n".encode())
-        digest.update(values.numpy().astype("<i8").tobytes())
+        digest.update(sums[name].tobytes())
     return digest.hexdigest()
 
 
@@ -56,9 +58,9 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """What `adapter_hash` covers, under the names that PEFT saves it by."""
     from peft import PeftModel, get_peft_model_state_dict
 
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     if not isinstance(model, PeftModel):
         return dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     active = model.active_adapters
     tensors = {}
     for adapter in active:
@@ -73,18 +75,37 @@ def trained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors | beside
 
 
-def row_sums(tensor: torch.Tensor) -> torch.Tensor:
-    """int64, one for every `ROW` elements of the flattened tensor, the last of which may be fewer."""
+def row_sums(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The sums of tensors alike in shape, dtype and device: int64, a row for each tensor."""
     import torch
 
-    elements, factors = tensor.reshape(-1), _factors(str(tensor.device))
+    elements = (tensors[0] if len(tensors) == 1 else torch.stack(tensors)).reshape(len(tensors), -1)
     if elements.element_size() == 8:
         elements = elements.view(torch.int32)
-    whole = elements.numel() // ROW * ROW
-    rows, rest = elements[:whole].view(-1, ROW), _bits(elements[whole:])
-    parts = rows.split(_ROWS_AT_ONCE.get(tensor.device.type, 64))
-    sums = [(_bits(part) * factors).sum(dim=1) for part in parts]
-    return torch.cat([*sums, (rest * factors[: rest.numel()]).sum().view(1)])
+    factors, count = _factors(str(elements.device)), elements.shape[1]
+    whole, rest = elements.split([count - count % ROW, count % ROW], dim=1)
+    sums = [(_bits(rest) * factors[: count % ROW]).sum(dim=1, keepdim=True)]
+    if count >= ROW:
+        parts = whole.unflatten(1, (-1, ROW)).split(_at_once(elements.device) // ROW, dim=1)
+        sums = [*((_bits(part) * factors).sum(dim=2) for part in parts), *sums]
+    return torch.cat(sums, dim=1)
+
+
+def _batches(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of tensors alike, as many as are summed at once: an adapter has hundreds of tensors, of few shapes."""
+    alike: dict[tuple, list[str]] = {}
+    for name, tensor in tensors.items():
+        alike.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(name)
+    batches = []
+    for (device, _, shape), names in alike.items():
+        size = max(1, _at_once(device) // max(1, shape.numel()))
+        batches += [names[start : start + size] for start in range(0, len(names), size)]
+    return batches
+
+
+def _at_once(device: torch.device) -> int:
+    """Elements summed at once: products that stay in a CPU's cache; elsewhere 32 MB of them, in few kernels."""
+    return ROW if device.type == "cpu" else 64 * ROW
 
 
 def _bits(elements: torch.Tensor) -> torch.Tensor:
@@ -125,7 +146,7 @@ def _on_host(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
     result: dict[int, torch.Tensor] = {}
     for device in {tensor.device for tensor in tensors}:
         places = [index for index, tensor in enumerate(tensors) if tensor.device == device]
-        together = torch.cat([tensors[index] for index in places]).cpu()
+        together = torch.cat([tensors[index].flatten() for index in places]).cpu()
         parts = together.split([tensors[index].numel() for index in places])
         result.update(zip(places, parts, strict=True))
     return [result[index] for index in range(len(tensors))]
