@@ -31,7 +31,11 @@ def adapter_hash(model: torch.nn.Module) -> str | None:
     Of a `PeftModel` it covers what PEFT saves of its active adapters, and parameters trained beside them; of any other
     model all parameters. Dropout, `requires_grad` and an adapter's name take no part.
     """
-    tensors = trained_tensors(model)
+    return hash_unless_spread(trained_tensors(model))
+
+
+def hash_unless_spread(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """As `hash_of`; None where the parameters are spread over processes."""
     if any(hasattr(tensor, "ds_id") or hasattr(tensor, "device_mesh") for tensor in tensors.values()):
         return None
     return hash_of(tensors)

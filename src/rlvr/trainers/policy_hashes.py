@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr.tracking.adapter_hash import adapter_hash
+from rlvr.tracking.adapter_hash import adapter_hash, hash_unless_spread, trained_tensors
 from rlvr.tracking.lineage import base_record, read_record, write_record
 
 if TYPE_CHECKING:
@@ -25,17 +25,29 @@ class PolicyHashes:
         self._model = model
         self._step: int | None = None
         self._hash: str | None = None
+        self._found: tuple[Any, dict[str, torch.Tensor]] | None = None
 
     def at(self, step: int) -> str | None:
         """The policy's hash, None where it has none (`adapter_hash`). `step` counts the optimizer steps so far."""
         if step != self._step:
-            self._hash = adapter_hash(self._model)
+            self._hash = hash_unless_spread(self._tensors())
             if self._hash is None and self._step is None:
                 logger.warning(
                     "trajectories and checkpoints carry no hash of the weights: they are spread over processes."
                 )
             self._step = step
         return self._hash
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """`trained_tensors`. PEFT takes 11 ms to name those of 28 layers, so it is asked again only when the parameters
+        are other ones, or what it names are none of them."""
+        parameters = [(name, id(p), p.requires_grad) for name, p in self._model.named_parameters()]
+        key = parameters, list(self._model.active_adapters) if hasattr(self._model, "peft_config") else None
+        if self._found is not None and self._found[0] == key:
+            return self._found[1]
+        tensors, known = trained_tensors(self._model), {address for _, address, _ in parameters}
+        self._found = (key, tensors) if all(id(tensor) in known for tensor in tensors.values()) else None
+        return tensors
 
     def callback(self) -> TrainerCallback:
         """Writes `lineage.json` into each checkpoint once it is saved, and forgets the hash when training begins."""
