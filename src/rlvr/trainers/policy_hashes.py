@@ -39,8 +39,8 @@ class PolicyHashes:
         return self._hash
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """`trained_tensors`. PEFT takes 11 ms to name those of 28 layers: it is asked again only when the parameters are
-        other ones, or where it computes what it names."""
+        """`trained_tensors`. PEFT takes 11 ms to name those of 28 layers: it is asked again only when the parameters
+        are other ones, or where it computes what it names."""
         parameters = [(name, id(p), p.requires_grad) for name, p in self._model.named_parameters()]
         key = parameters, list(self._model.active_adapters) if hasattr(self._model, "peft_config") else None
         if self._found is not None and self._found[0] == key:
