@@ -5,6 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from unsloth_script import Forwards, batches_kept, train_by_unsloth
 
 import rlvr
 from rlvr import LoraSettings, load_backend, load_policy
@@ -71,10 +72,11 @@ def smooth_folder(tmp_path_factory):
     return model_folder(tmp_path_factory.mktemp("models") / "smooth", 0.05)
 
 
-def loaded(folder, quantization="none"):
+def loaded(folder, quantization="none", dtype="auto"):
     return load_policy(
-        str(folder), backend="unsloth", max_seq_length=1280, quantization=quantization, lora=LoraSettings(r=8, alpha=8)
-    )
+        str(folder), backend="unsloth", max_seq_length=1280, dtype=dtype, quantization=quantization,
+        lora=LoraSettings(r=8, alpha=8),
+    )  # fmt: skip
 
 
 def adapter_and_rest(policy):
@@ -127,6 +129,50 @@ def test_a_saved_adapter_loads_back_as_the_same_policy(smooth_folder, tmp_path, 
     for export_format in ("adapter", "merged-16bit"):
         exported = rlvr.export(run.folder, export_format, output=tmp_path / export_format)
         assert json.loads((exported.folder / "parity.json").read_text())["ok"]
+
+
+def test_prompts_are_shared_where_unsloths_own_trainer_shares_them(folder, tmp_path, monkeypatch):
+    """One prompt a step, so that its loss shares it too: it shuffles the rows of several."""
+    import trl
+    from unsloth.utils import prefix_grouper
+
+    common = {"loss_type": "grpo", "max_grad_norm": 1e6, "learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 2}
+    starts = []
+
+    def policy():
+        fresh = loaded(folder, dtype="bfloat16")
+        starts.append(adapter_hash(fresh.model))
+        return fresh
+
+    def train_by_script(batches):
+        fresh = policy()
+        args = trl.GRPOConfig(
+            output_dir=str(tmp_path / "script"), beta=0.1, num_generations=4, per_device_train_batch_size=4,
+            gradient_accumulation_steps=1, max_completion_length=24, temperature=1.0, mask_truncated_completions=False,
+            optim="adamw_torch", bf16=True, gradient_checkpointing=False, save_strategy="no", report_to="none",
+            **common,
+        )  # fmt: skip
+        return train_by_unsloth(fresh.model, fresh.tokenizer, batches, args)
+
+    rows = [{"question": "A prompt of many tokens. " * 25 + str(n)} for n in range(8)]
+    env = rlvr.Environment(name="long prompts", train_dataset=rows, rubric=rlvr.Rubric(bytes_modulo_7))
+    settings = {**SMALL, **common, "prompts_per_step": 1, "eval_samples": 0, "kl_beta": 0.1}
+    ours = Forwards()
+    with batches_kept() as batches:
+        rlvr.train(env, policy(), "unsloth", **settings, output_dir=tmp_path / "run", callbacks=[ours])
+    unsloths = train_by_script(batches)
+    monkeypatch.setattr(prefix_grouper, "_ENABLED", False)  # as UNSLOTH_GRPO_PREFIX_GROUPER=0 sets it
+    without = train_by_script(batches)
+
+    assert all(len(batch["prompt_ids"][0]) > 512 for batch, _ in batches)
+    assert starts == [starts[0]] * 3
+    assert unsloths.shared.count(True) == 2, "Unsloth's own trainer does not share the prompt of each step's loss"
+    assert ours.shared[-len(unsloths.shared) :] == unsloths.shared  # after the canary's
+    assert without.shared == []
+    expected = without.gradients[0]
+    assert expected.norm() > 0
+    for forwards in (ours, unsloths):  # rounding makes 0.015, attention to other completions 0.4
+        assert (forwards.gradients[0] - expected).norm() < 0.1 * expected.norm()
 
 
 def test_vllm_is_used_where_it_is_installed_and_else_refused_in_one_line(folder):

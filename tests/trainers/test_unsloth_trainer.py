@@ -55,3 +55,17 @@ def test_a_runs_training_arguments_are_those_of_the_other_backend(lines):
     }
     for loss_type, epsilon_high in (("dapo", 0.2), ("dr_grpo", 0.2), ("cispo", 5.0), ("grpo", 0.2)):
         assert found[loss_type] == {**common, "loss_type": loss_type, "epsilon_high": epsilon_high}
+
+
+def test_unsloth_shares_prompts_in_our_trainer_where_it_does_in_its_own(lines):
+    """Its loss shares them where a step has one prompt: it shuffles the rows of several. Its reference always does."""
+    found = {line["prompts"]: line for line in lines if "prompts" in line}
+    reference, loss, check = False, True, False  # whether gradients were on
+    assert found[1]["unsloths"] == [reference, check, loss, reference, loss]
+    assert found[2]["unsloths"] == [reference, reference]
+    for line in found.values():
+        ours = line["ours"]
+        assert ours[-len(line["unsloths"]) :] == line["unsloths"]  # after the canary's
+        assert not any(ours[: -len(line["unsloths"])])
+        assert line["without"] == []
+        assert all(distance < 0.01 for distance in line["distances"])

@@ -4,7 +4,8 @@
 
 Unsloth is made to take its GPU path at import and to generate its trainer; the model is transformers', with the two
 methods that mark Unsloth's. Prints JSON lines: the training arguments of a run with some losses; of each training run
-the trainer's classes, and the rows that it logged; of one with tools, what its gradient is nearest to.
+the trainer's classes, and the rows that it logged; of one with tools, what its gradient is nearest to; of one whose
+model can share prompts, which forwards did, in our trainer and in Unsloth's alone.
 """
 
 import json
@@ -151,6 +152,80 @@ def train_with_tools():
     trainer.train()
 
 
+def with_shared_prompts():
+    """A model that answers to what Unsloth's trainer asks of its own on a GPU: attention within the segments of
+    `prefix_seg_info`, and hidden states in the place of logits."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+
+    from rlvr.testing.tiny import tiny_model
+
+    def attention(module, query, key, value, attention_mask, prefix_seg_info=None, **options):
+        if prefix_seg_info is not None:
+            tokens = slice(prefix_seg_info.T)  # what follows is padding
+            group, suffix = prefix_seg_info.group_of_kv[tokens], prefix_seg_info.suffix_of_kv[tokens]
+            seen = (group[:, None] == group) & (prefix_seg_info.is_prefix[tokens] | (suffix[:, None] == suffix))
+            attention_mask = seen.tril()[None, None]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("shared_prompts", attention)
+    AttentionMaskInterface.register("shared_prompts", sdpa_mask)
+    model = tiny_model(initializer_range=0.2)
+    model.config._attn_implementation = "shared_prompts"
+    logits = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: (
+        hidden if os.environ.get("UNSLOTH_RETURN_HIDDEN_STATES") == "1" else logits(hidden)
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    mark_as_unsloths(model)
+    return model
+
+
+def train_with_long_prompts(prompts):
+    """Two steps of so many prompts by our trainer, and on the same rows by Unsloth's: which forwards shared prompts,
+    and how far the gradient of the first step is from that without sharing."""
+    from unittest.mock import patch
+
+    from tests_support import grpo_config
+    from unsloth_script import Forwards, batches_kept, train_by_unsloth
+
+    import rlvr
+    from rlvr.testing.tiny import tiny_tokenizer
+    from rlvr.trainers import EnhancedGRPOTrainer
+
+    def arguments():
+        return grpo_config(
+            tempfile.mkdtemp(), beta=0.1, loss_type="grpo", optim="adamw_torch", warmup_steps=0,
+            per_device_train_batch_size=4 * prompts, gradient_accumulation_steps=1, max_completion_length=12,
+            mask_truncated_completions=False,
+        )  # fmt: skip
+
+    tokenizer, ours = tiny_tokenizer(), Forwards()
+    with batches_kept() as batches:
+        EnhancedGRPOTrainer(
+            model=with_shared_prompts(),
+            processing_class=tokenizer,
+            env=rlvr.Environment(
+                name="long prompts",
+                train_dataset=[{"question": "long " * 20 + str(n)} for n in range(8)],
+                rubric=rlvr.Rubric(lambda trajectory: float(sum(map(ord, trajectory.text)) % 7)),
+            ),
+            args=arguments(),
+            callbacks=[ours],
+        ).train()
+    unsloths = train_by_unsloth(with_shared_prompts(), tokenizer, batches, arguments())
+    with patch("unsloth.utils.prefix_grouper._ENABLED", False):  # as UNSLOTH_GRPO_PREFIX_GROUPER=0 sets it
+        without = train_by_unsloth(with_shared_prompts(), tokenizer, batches, arguments())
+    wanted = without.gradients[0]
+    distances = [((forwards.gradients[0] - wanted).norm() / wanted.norm()).item() for forwards in (ours, unsloths)]
+    found = {"ours": ours.shared, "unsloths": unsloths.shared, "without": without.shared, "distances": distances}
+    print(json.dumps({"prompts": prompts, **found}))
+
+
 def configure(loss_type):
     """The training arguments of a run, as Unsloth's class and `grpo_config` leave them."""
     from types import SimpleNamespace
@@ -179,3 +254,5 @@ train("beta 0", with_adapter(), 0.0)
 train("beta", with_adapter(), 0.1)
 train("every weight", unlike_its_checkpoint(), 0.1)
 train_with_tools()
+for prompts in (1, 2):
+    train_with_long_prompts(prompts)
