@@ -4,8 +4,9 @@
 #   benchmarks/gpu.sh OUT peers      ours beside the peers
 #   benchmarks/gpu.sh OUT sizes      larger groups, a larger model, the engine alone
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
-# OUT gets results.jsonl (for plot.py), sizes.jsonl, rollout.jsonl and a log of each check. About eight, four and eight
-# minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs a step a tenth.
+# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About eight,
+# four and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs a step
+# a tenth.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?a folder for the results}") what=${2:-all}
@@ -20,8 +21,8 @@ peers() {
   step results --shape 1.5b --peers rlvr --steps 12
   step results --shape 1.5b --peers trl --steps 3
   step results --shape 1.5b --peers unsloth --steps 4
-  step overhead --shape 0.5b --peers unsloth rlvr-unsloth unsloth rlvr-unsloth unsloth rlvr-unsloth --steps 8 \
-    --prompt-tokens 512 --completion-tokens 64
+  python3 benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64 --models "$models" \
+    --out "$out/overhead.jsonl" > "$out/overhead.txt" 2>&1
 }
 
 sizes() {

@@ -236,8 +236,8 @@ def trainer_of(peer: str, options: argparse.Namespace, cuda: bool):
         max_completion_length=completion_tokens, max_steps=options.steps,
         bf16=cuda, use_cpu=not cuda,
         gradient_checkpointing=options.gradient_checkpointing == "on" and not peer.endswith("unsloth"),
-        learning_rate=1e-5, beta=0.0, loss_type="dr_grpo", scale_rewards="none", logging_steps=1, report_to="none",
-        save_strategy="no", disable_tqdm=True, temperature=1.0, **rollouts,
+        learning_rate=1e-5, lr_scheduler_type="constant", beta=0.0, loss_type="dr_grpo", scale_rewards="none",
+        logging_steps=1, report_to="none", save_strategy="no", disable_tqdm=True, temperature=1.0, **rollouts,
     )  # fmt: skip
     arguments = {
         "model": model, "processing_class": tokenizer, "reward_funcs": random_reward, "train_dataset": dataset,

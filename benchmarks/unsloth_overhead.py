@@ -1,0 +1,117 @@
+"""What our layer costs over a script of Unsloth's own: both in one process, in turn.
+
+    python benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64     # on a GPU
+
+The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
+of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; before that each warms up by a step.
+Ours makes the records of its rollouts, with the hash of the weights, as a run does. A step is all from its first
+micro-batch to the end of its optimizer update.
+
+Prints a JSON line: seconds of each step, the medians, and by how much ours is longer; and the medians of each turn,
+whose spread says what the difference is worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import step as benchmark
+
+PEERS = ("unsloth", "rlvr-unsloth")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=benchmark.SHAPES, default="small")
+    parser.add_argument("--prompt-tokens", type=int, default=2_048)
+    parser.add_argument("--completion-tokens", type=int, default=256)
+    parser.add_argument("--group-size", type=int, default=8)
+    parser.add_argument("--groups", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--models", help="keep the models that are made in this folder, and take those in it")
+    parser.add_argument("--out", help="append the JSON line to this file")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    os.environ.update(HF_HUB_OFFLINE="1", WANDB_MODE="disabled", UNSLOTH_AUTO_INSTALL="0")
+    import unsloth  # noqa: F401 - before trl, transformers and peft
+
+    with tempfile.TemporaryDirectory() as made:
+        folder = str(Path(options.models or made, options.shape))
+        if not Path(folder).exists():
+            benchmark.build(options.shape, folder)
+        trainers = {peer: trainer_of(peer, folder, options) for peer in PEERS}
+        for trainer in trainers.values():  # compiles, allocates
+            seconds_of_steps(trainer, 1)
+        turns = {peer: [] for peer in PEERS}
+        for _ in range(options.turns):
+            for peer, trainer in trainers.items():
+                turns[peer].append(seconds_of_steps(trainer, options.steps))
+    medians = {peer: statistics.median(itertools.chain(*seconds)) for peer, seconds in turns.items()}
+    line = json.dumps(
+        {
+            **{name: value for name, value in vars(options).items() if name not in ("models", "out")},
+            "each_step_s": {
+                peer: [[round(s, 3) for s in turn] for turn in seconds] for peer, seconds in turns.items()
+            },
+            "turn_medians_s": {peer: [statistics.median(turn) for turn in seconds] for peer, seconds in turns.items()},
+            "step_s": medians,
+            "overhead": medians["rlvr-unsloth"] / medians["unsloth"] - 1,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+    )
+    print(line, flush=True)
+    if options.out:
+        with open(options.out, "a") as file:
+            file.write(line + "\n")
+
+
+def trainer_of(peer: str, folder: str, options: argparse.Namespace):
+    import torch
+
+    return benchmark.trainer_of(
+        peer,
+        argparse.Namespace(
+            model=folder, prompt_tokens=[options.prompt_tokens], completion_tokens=[options.completion_tokens],
+            group_size=[options.group_size], groups=options.groups, steps=options.steps, micro_batch_groups=None,
+            gradient_checkpointing="on", rollout_engine="generate", shared_prefix="off",
+        ),
+        torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def seconds_of_steps(trainer, steps: int) -> list[float]:
+    """Trains for so many steps, and says how long each took."""
+    import torch
+    from transformers import TrainerCallback
+
+    seconds = []
+
+    class Stopwatch(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            self.began = time.perf_counter()
+
+        def on_step_end(self, *args, **kwargs):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - self.began)
+
+    trainer.args.max_steps = steps
+    trainer.add_callback(Stopwatch)
+    trainer.train()
+    trainer.remove_callback(Stopwatch)
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
