@@ -150,6 +150,39 @@ def test_a_layer_with_an_input_of_its_own_computes_it(calls):
     assert [len(layers) for layers in calls] == [3, 1, 1]
 
 
+def test_layers_of_unlike_widths_are_not_computed_together(calls):
+    model, peft = lora_model("llama")
+    for m in (model, peft):
+        attention = m.get_base_model().model.layers[0].self_attn
+        attention.k_proj = m.get_base_model().model.layers[0].mlp.down_proj  # as in cross-attention
+    fuse_lora(model)
+    ours, theirs = (m.get_base_model().model.layers[0].self_attn for m in (model, peft))
+    x = torch.randn(2, 3, ours.q_proj.in_features)
+    for name, given in (("q_proj", x), ("k_proj", torch.randn(2, 3, ours.k_proj.in_features)), ("v_proj", x)):
+        torch.testing.assert_close(getattr(ours, name)(given), getattr(theirs, name)(given))
+    assert [len(layers) for layers in calls] == [2, 1]
+
+
+def test_an_output_made_without_gradients_is_not_taken_where_they_are_asked_for():
+    model, _ = lora_model("llama")
+    fuse_lora(model)
+    attention = model.get_base_model().model.layers[0].self_attn
+    x = torch.randn(2, 3, 32)
+    with torch.no_grad():
+        attention.q_proj(x)
+    assert attention.k_proj(x).requires_grad
+
+
+def test_no_half_precision_copy_of_a_float32_weight_waits_for_the_backward_pass(calls):
+    model, _ = lora_model("llama")
+    fuse_lora(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=INPUT).logits
+    kept = {layer.weight.data_ptr() for layers in calls for layer in layers}
+    assert logits.requires_grad
+    assert kept <= {parameter.data_ptr() for parameter in model.parameters()}
+
+
 @pytest.mark.parametrize(
     "case",
     ["dora", "dropout", "lora_bias", "merged", "disabled", "two adapters", "trained base", "unlike dtypes"],

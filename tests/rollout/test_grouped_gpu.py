@@ -226,3 +226,13 @@ def test_kernels_draw_as_plain_torch_does(vocabulary, temperature, dtype):
     expected = (logits.double() / temperature).log_softmax(-1)
     assert torch.equal(tokens, (expected - noise.double().log()).argmax(-1))
     torch.testing.assert_close(logprobs, expected.gather(1, tokens[:, None])[:, 0].float())
+
+
+@pytest.mark.parametrize("vocabulary", [13, 151_936])
+def test_kernels_draw_from_the_vocabulary_where_logits_are_nan(vocabulary):
+    logits = torch.zeros((3, vocabulary), device="cuda")
+    logits[0], logits[2, 7] = torch.nan, torch.nan
+    tokens, logprobs = draw(logits, SamplingSettings(), generator=torch.Generator("cuda").manual_seed(0))
+    assert tokens[0] == 0  # the first NaN, as `torch.argmax`
+    assert tokens[2] == 7
+    assert logprobs.isnan().tolist() == [True, False, True]

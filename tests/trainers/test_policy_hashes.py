@@ -73,3 +73,9 @@ def test_of_tensors_that_peft_computes():
     first = hashes.at(0)
     train_a_weight(model)
     assert hashes.at(1) == adapter_hash(model) != first
+
+
+def test_of_adapters_that_transformers_put_in():
+    model = tiny_model()
+    model.add_adapter(LORA)
+    assert PolicyHashes(model).at(0) == adapter_hash(model)

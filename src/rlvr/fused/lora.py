@@ -23,7 +23,7 @@ SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class _Layer(NamedTuple):
     """One of the linear layers that share an input."""
 
-    weight: Tensor  # (out, in), frozen, as the next one
+    weight: Tensor  # (out, in), frozen, as the next one; in its own dtype: a cast copy is not kept for backward
     bias: Tensor | None  # (out,)
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
@@ -85,7 +85,7 @@ class _LoraInput(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = grad_hidden @ ctx.all_a
             for grad, layer in zip(grads, layers, strict=True):
-                grad_x.addmm_(grad, layer.weight)
+                grad_x.addmm_(grad, layer.weight.to(grad.dtype))
         grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
         grad_b = [
             _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
@@ -109,7 +109,7 @@ class _LoraOutput(torch.autograd.Function):
                 output = _scaled_product(part, b.t(), layer.scaling)
             else:
                 output = torch.addmm(layer.bias, part, b.t(), alpha=layer.scaling)
-            outputs.append(output.addmm_(x, layer.weight.t()))
+            outputs.append(output.addmm_(x, layer.weight.to(x.dtype).t()))
         return tuple(outputs)
 
     @staticmethod
@@ -145,8 +145,10 @@ def fuse_lora(model: nn.Module) -> int:
     for parent in model.modules():
         for names in SAME_INPUT:
             forwards = [_forward_of(parent._modules.get(name)) for name in names]
-            if forwards[0] is not None:
-                forwards[0].others = [forward for forward in forwards[1:] if forward is not None]
+            first = forwards[0]
+            if first is not None:
+                width = first.layer.in_features  # of cross-attention's keys and values it may be another
+                first.others = [other for other in forwards[1:] if other and other.layer.in_features == width]
     return len(layers)
 
 
@@ -167,26 +169,26 @@ class _Forward:
 
     Attributes:
         others: of the layers that are called next with the same input, and are computed together with this one.
-        ready: an input, and this layer's output for it, if it was computed with another.
+        ready: an input, whether gradients were asked for, and this layer's output, if it was computed with another.
     """
 
     def __init__(self, layer: LoraLinear):
         self.layer: Any = layer
         self.others: list[_Forward] = []
-        self.ready: tuple[Tensor, Tensor] | None = None
+        self.ready: tuple[Tensor, bool, Tensor] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ready, self.ready = self.ready, None
         if args or kwargs:
             return LoraLinear.forward(self.layer, x, *args, **kwargs)
-        if ready is not None and ready[0] is x:
-            return ready[1]
+        if ready is not None and ready[0] is x and ready[1] == torch.is_grad_enabled():
+            return ready[2]
         together = [self, *self.others]
         outputs = _outputs(x, [forward.layer for forward in together]) or _outputs(x, [self.layer])
         if outputs is None:
             return LoraLinear.forward(self.layer, x)
         for other, output in zip(together[1:], outputs[1:], strict=False):  # this layer alone: nothing for the others
-            other.ready = (x, output)
+            other.ready = (x, torch.is_grad_enabled(), output)
         return outputs[0]
 
 
@@ -203,7 +205,7 @@ def _outputs(x: Tensor, lora_layers: Sequence[Any]) -> list[Tensor] | None:
         if not autocast and not dtype == base.weight.dtype == a.dtype == b.dtype:
             return None
         bias = None if base.bias is None else base.bias.to(dtype)
-        layers.append(_Layer(base.weight.to(dtype), bias, a, b, lora_layer.scaling[name]))
+        layers.append(_Layer(base.weight, bias, a, b, lora_layer.scaling[name]))
     outputs = _lora_products(x.reshape(-1, x.shape[-1]).to(dtype), layers)
     return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
 

@@ -41,8 +41,10 @@ class PolicyHashes:
     def _tensors(self) -> dict[str, torch.Tensor]:
         """`trained_tensors`. PEFT takes 11 ms to name those of 28 layers: it is asked again only when the parameters
         are other ones, or where it computes what it names."""
+        from peft import PeftModel
+
         parameters = [(name, id(p), p.requires_grad) for name, p in self._model.named_parameters()]
-        key = parameters, list(self._model.active_adapters) if hasattr(self._model, "peft_config") else None
+        key = parameters, list(self._model.active_adapters) if isinstance(self._model, PeftModel) else None
         if self._found is not None and self._found[0] == key:
             return self._found[1]
         tensors, known = trained_tensors(self._model), {address for _, address, _ in parameters}

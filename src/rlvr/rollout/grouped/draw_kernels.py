@@ -28,6 +28,7 @@ def _pieces_kernel(
     where, inside = row * vocabulary + token, token < vocabulary
     logit = tl.load(logits + where, mask=inside, other=-float("inf")).to(tl.float32) / temperature
     score = logit - tl.log(tl.load(noise + where, mask=inside, other=1.0))
+    score = tl.where(score == score, score, float("inf"))  # NaN wins, as in torch; `argmax` could leave the vocabulary
     best = tl.argmax(score, 0)
     highest = tl.max(logit, 0)
     finite = tl.where(highest == -float("inf"), 0.0, highest)
