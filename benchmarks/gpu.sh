@@ -34,7 +34,8 @@ sizes() {
 checks() { # at the same time: nothing of them is timed
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2
   for backend in hf unsloth; do
-    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda > "$out/check-$backend.txt" 2>&1 &
+    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 4 \
+      > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do
     make gpu-test-$tests PYTHON=python3 > "$out/gpu-test-$tests.txt" 2>&1 &

@@ -3,9 +3,9 @@
     python benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64     # on a GPU
 
 The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
-of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; before that each warms up by a step.
-Ours makes the records of its rollouts, with the hash of the weights, as a run does. A step is all from its first
-micro-batch to the end of its optimizer update.
+of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; in every second turn the other one is
+first, and before that each warms up by a step. Ours makes the records of its rollouts, with the hash of the weights, as
+a run does, and does not write them. A step is all from its first micro-batch to the end of its optimizer update.
 
 Prints a JSON line: seconds of each step, the medians, and by how much ours is longer; and the medians of each turn,
 whose spread says what the difference is worth.
@@ -54,9 +54,9 @@ def main() -> None:
         for trainer in trainers.values():  # compiles, allocates
             seconds_of_steps(trainer, 1)
         turns = {peer: [] for peer in PEERS}
-        for _ in range(options.turns):
-            for peer, trainer in trainers.items():
-                turns[peer].append(seconds_of_steps(trainer, options.steps))
+        for turn in range(options.turns):
+            for peer in PEERS if turn % 2 == 0 else reversed(PEERS):
+                turns[peer].append(seconds_of_steps(trainers[peer], options.steps))
     medians = {peer: statistics.median(itertools.chain(*seconds)) for peer, seconds in turns.items()}
     line = json.dumps(
         {

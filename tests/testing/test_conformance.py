@@ -7,6 +7,8 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
+import time
 from textwrap import indent
 
 import pytest
@@ -19,7 +21,7 @@ from rlvr.errors import ConfigError, UnknownPluginError
 from rlvr.testing.conformance import CHECKS, GROUPS, backend_checks, check_backend
 from rlvr.testing.conformance.catalogue import PROCESSES, select
 from rlvr.testing.conformance.context import Context
-from rlvr.testing.conformance.runner import run_check
+from rlvr.testing.conformance.runner import at_the_same_time, run_check
 
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
@@ -70,7 +72,7 @@ def test_hf_passes_every_check(capsys):
         ).ok
         return
     with pytest.raises(SystemExit) as stop:
-        main(["backends", "check", "hf", "--json"])
+        main(["backends", "check", "hf", "--json", "--jobs", "2"])
     report = json.loads(capsys.readouterr().out)
     assert [row["message"] for row in report["results"] if not row["passed"]] == []
     assert not stop.value.code
@@ -99,6 +101,63 @@ def test_unknown_checks_and_backends_are_refused():
         check_backend("hf", only=["dtypes"])
     with pytest.raises(UnknownPluginError, match="unknown backend 'hff'"):
         check_backend("hff")
+    with pytest.raises(ConfigError, match="jobs is 0"):
+        check_backend("hf", jobs=0)
+
+
+def meet(barrier, names):
+    """Gives the names, each once so many sources as `barrier` is for have come as far."""
+    for name in names:
+        barrier.wait(timeout=10)
+        yield name
+
+
+def test_sources_are_read_at_the_same_time():
+    barrier = threading.Barrier(2)
+    found = list(at_the_same_time([meet(barrier, "ab"), meet(barrier, "cd")], 2))
+    assert sorted(found) == ["a", "b", "c", "d"]
+    assert [name for name in found if name in "ab"] == ["a", "b"]
+
+
+def test_one_at_a_time_is_one_after_the_other():
+    running = []
+
+    def source(name):
+        running.append(name)
+        yield name
+        running.remove(name)
+
+    for _ in at_the_same_time(map(source, "abc"), 1):
+        assert len(running) == 1
+
+
+def test_where_one_source_fails_or_nobody_listens_all_are_ended():
+    ended = []
+
+    def endless(name, barrier):
+        barrier.wait(timeout=10)
+        try:
+            while True:
+                yield name
+                time.sleep(0.001)
+        finally:
+            ended.append(name)
+
+    def broken(barrier):
+        barrier.wait(timeout=10)
+        raise OSError("no space left")
+        yield
+
+    all_run = threading.Barrier(3)
+    with pytest.raises(OSError, match="no space left"):
+        list(at_the_same_time([endless("a", all_run), broken(all_run), endless("b", all_run)], 3))
+    assert sorted(ended) == ["a", "b"]
+    ended.clear()
+    both_run = threading.Barrier(2)
+    found = at_the_same_time([endless("a", both_run), endless("b", both_run)], 2)
+    next(found)
+    found.close()
+    assert sorted(ended) == ["a", "b"]
 
 
 @pytest.mark.parametrize("check", backend_checks(HFBackend(), only=["lora-seed", "memory-in-use"]))

@@ -44,6 +44,7 @@ def check(
         str | None, typer.Option("--only", help="names of checks or groups, with commas between; by default all")
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="seconds for the checks that share a process")] = 900,
+    jobs: Annotated[int, typer.Option("--jobs", help="how many processes run checks at a time, up to 4")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print the results as JSON")] = False,
 ) -> None:
     """Check that a backend trains correctly: loading, LoRA, numbers, training, saving.
@@ -51,21 +52,24 @@ def check(
     Exit code 1 if a check failed.
     """
     import json
+    import time
 
     from rlvr.testing.conformance import check_backend
 
+    began = time.monotonic()
     report = check_backend(
         name,
         model=model,
         device=device,
         only=[part.strip() for part in only.split(",")] if only else None,
         timeout_s=timeout,
+        jobs=jobs,
         on_result=None if as_json else print_result,
     )
     if as_json:
         print(json.dumps(report.as_json(), indent=2))
     else:
-        print_verdict(report)
+        print_verdict(report, time.monotonic() - began)
     if not report.ok:
         raise typer.Exit(EXIT_FAILED)
 
@@ -83,10 +87,9 @@ def print_result(result: CheckResult) -> None:
     Console(markup=False).print(table)
 
 
-def print_verdict(report: Report) -> None:
+def print_verdict(report: Report, seconds: float) -> None:
     from rich.console import Console
 
-    seconds = sum(result.seconds for result in report.results)
     failed = ", ".join(result.name for result in report.failures)
     Console(markup=False).print(
         f"backend {report.backend}: {len(report.results) - len(report.failures)} of {len(report.results)} checks "

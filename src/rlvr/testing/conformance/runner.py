@@ -9,18 +9,23 @@ from __future__ import annotations
 import functools
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlvr.errors import ConfigError
 from rlvr.testing.conformance.catalogue import PROCESSES, Check, select
 from rlvr.testing.conformance.context import CheckFailed, Context, first_line
 from rlvr.testing.conformance.report import CheckResult, Report
@@ -33,6 +38,7 @@ _LAST_LINES = 6
 _LOOK_EVERY_S = 0.2  # for new results of a child
 
 Listener = Callable[[CheckResult], None]
+Results = Generator[CheckResult, None, None]
 
 
 def check_backend(
@@ -42,6 +48,7 @@ def check_backend(
     device: str | None = None,
     only: Sequence[str] | None = None,
     timeout_s: float = 900,
+    jobs: int = 1,
     on_result: Listener | None = None,
 ) -> Report:
     """Runs the checks on a backend.
@@ -53,26 +60,33 @@ def check_backend(
         device: "cpu" or "cuda"; None for what the backend takes by itself.
         only: names of checks or of groups; None for all.
         timeout_s: for the checks that share a process.
+        jobs: how many processes run checks at the same time, four at most; each has a copy of the tiny model, and of
+            the libraries in memory. A backend object's checks run one after the other.
         on_result: called with each result as it comes.
 
     Raises:
-        ConfigError: `only` names what is no check.
+        ConfigError: `only` names what is no check, or `jobs` is below 1.
         UnknownPluginError, DuplicatePluginError, PluginLoadError, BackendUnavailableError: as for `load_backend`.
     """
     from rlvr.plugins.manager import require_backend
 
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}; at least 1 process has to run the checks.")
     by_name = isinstance(backend, str)
     checks = select(only, in_process=not by_name)
     if isinstance(backend, str):
         require_backend(backend)
+    shares = [[check for check in checks if check.group in groups] for groups in PROCESSES]
     results: list[CheckResult] = []
     with tempfile.TemporaryDirectory(prefix="rlvr-check-") as scratch:
         job = _Job(backend, _absolute(model), device, Path(scratch).resolve(), timeout_s)
-        for groups in PROCESSES:
-            for result in job.run([check for check in checks if check.group in groups]):
+        with closing(at_the_same_time(map(job.run, shares), jobs if by_name else 1)) as found:
+            for result in found:
                 results.append(result)
                 if on_result is not None:
                     on_result(result)
+    places = {check.name: place for place, check in enumerate(checks)}
+    results.sort(key=lambda result: places[result.name])
     name = backend if isinstance(backend, str) else getattr(backend, "name", type(backend).__name__)
     return Report(backend=name, model=model or TINY, device=device or "default device", results=tuple(results))
 
@@ -123,6 +137,42 @@ def backend_checks(
     return [BackendCheck(check, run) for check in chosen]
 
 
+def at_the_same_time(sources: Iterable[Results], jobs: int) -> Results:
+    """What the sources give, as it comes, from so many of them at a time. Closed early, or when one raises, it waits
+    for one more result of each and ends them."""
+    if jobs == 1:
+        yield from chain.from_iterable(sources)
+        return
+    arrived: queue.Queue[CheckResult | Exception | None] = queue.Queue()  # None: a source has ended
+    stopped = threading.Event()
+
+    def read(source: Results) -> None:
+        try:
+            for result in source:
+                arrived.put(result)
+                if stopped.is_set():
+                    source.close()
+            arrived.put(None)
+        except Exception as error:
+            arrived.put(error)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        running = [pool.submit(read, source) for source in sources]
+        ended = 0
+        try:
+            while ended < len(running):
+                item = arrived.get()
+                if isinstance(item, Exception):
+                    raise item
+                if item is None:
+                    ended += 1
+                else:
+                    yield item
+        finally:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 @dataclass
 class _Job:
     """One run of `check_backend`."""
@@ -133,7 +183,7 @@ class _Job:
     scratch: Path
     timeout_s: float
 
-    def run(self, checks: list[Check]) -> Iterator[CheckResult]:
+    def run(self, checks: list[Check]) -> Results:
         if not checks:
             return
         group = checks[0].group
@@ -147,7 +197,7 @@ class _Job:
         else:
             yield from self._in_children(checks)
 
-    def _in_children(self, checks: list[Check]) -> Iterator[CheckResult]:
+    def _in_children(self, checks: list[Check]) -> Results:
         while checks:
             began = time.monotonic()
             done = 0
