@@ -4,8 +4,8 @@
 
 The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
 of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; in every second turn the other one is
-first, and before that each warms up by a step. Ours makes the records of its rollouts, with the hash of the weights, as
-a run does, and does not write them. A step is all from its first micro-batch to the end of its optimizer update.
+first, and before that each warms up by a step. Ours makes the records of its rollouts, with the hash of the weights,
+as a run does, and does not write them. A step is all from its first micro-batch to the end of its optimizer update.
 
 Prints a JSON line: seconds of each step, the medians, and by how much ours is longer; and the medians of each turn,
 whose spread says what the difference is worth.
