@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,18 +25,12 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-@dataclass(frozen=True)
-class Segments:
-    """Which keys belong to which queries.
+class Segments(NamedTuple):
+    """Which keys belong to which queries, in the order in which the kernel's functions take it."""
 
-    Attributes:
-        query_starts, key_starts: (segments + 1,), int32, cumulative lengths.
-        longest_query, longest_key: of any segment.
-    """
-
-    query_starts: Tensor
+    query_starts: Tensor  # (segments + 1,), int32, cumulative lengths, as the next one
     key_starts: Tensor
-    longest_query: int
+    longest_query: int  # of any segment, as the next one
     longest_key: int
 
     @classmethod
@@ -88,10 +82,7 @@ def varlen_forward(
         query,
         key,
         value,
-        segments.query_starts,
-        segments.key_starts,
-        segments.longest_query,
-        segments.longest_key,
+        *segments,
         0.0,
         causal,
         False,
@@ -124,10 +115,7 @@ def varlen_backward(
         value,
         output,
         logsumexp,
-        segments.query_starts,
-        segments.key_starts,
-        segments.longest_query,
-        segments.longest_key,
+        *segments,
         0.0,
         causal,
         unread,
