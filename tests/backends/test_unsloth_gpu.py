@@ -75,7 +75,7 @@ def smooth_folder(tmp_path_factory):
 def loaded(folder, quantization="none", dtype="auto"):
     return load_policy(
         str(folder), backend="unsloth", max_seq_length=1280, dtype=dtype, quantization=quantization,
-        lora=LoraSettings(r=8, alpha=8),
+        fast_inference="off", lora=LoraSettings(r=8, alpha=8),
     )  # fmt: skip
 
 
@@ -175,13 +175,29 @@ def test_prompts_are_shared_where_unsloths_own_trainer_shares_them(folder, tmp_p
         assert (forwards.gradients[0] - expected).norm() < 0.1 * expected.norm()
 
 
-def test_vllm_is_used_where_it_is_installed_and_else_refused_in_one_line(folder):
-    if find_spec("vllm") is not None:
-        policy = load_policy(str(folder), backend="unsloth", max_seq_length=1280, fast_inference="on")
-        assert hasattr(policy.model, "vllm_engine")
-        return
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vllm is installed in this environment")
+def test_without_vllm_fast_inference_is_refused_in_one_line(folder):
     with pytest.raises(UnsupportedSettingError, match=r'pip install "rlvr\[vllm\]"'):
         load_policy(str(folder), backend="unsloth", max_seq_length=1280, fast_inference="on")
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vllm is not installed in this environment")
+def test_vllm_samples_from_the_policy_as_it_is_trained(smooth_folder, tmp_path):
+    """The canary compares it with the training forward at every step."""
+    policy = load_policy(
+        str(smooth_folder), backend="unsloth", max_seq_length=1280, dtype="bfloat16", fast_inference="on",
+        gpu_memory_utilization=0.1, lora=LoraSettings(r=8, alpha=8),
+    )  # fmt: skip
+    assert hasattr(policy.model, "vllm_engine")
+    adapter, rest = adapter_and_rest(policy)
+    run = rlvr.train(
+        environment(False), policy, "unsloth", **SMALL, max_steps=3, canary_every=1, output_dir=tmp_path / "run"
+    )
+    assert run.summary["rollout_engine"] == "vllm"
+    trained, kept = adapter_and_rest(policy)
+    assert all(torch.equal(value, kept[name]) for name, value in rest.items())
+    assert any(not torch.equal(value, trained[name]) for name, value in adapter.items())
+    assert all(row["grad_norm"] > 0 for row in run.metrics() if "loss" in row)
 
 
 def test_hf_is_refused_in_the_patched_process_and_trains_in_a_child(folder, tmp_path):

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from rlvr.fused import lora
+from rlvr.fused.layers import FusedForwards
 from rlvr.fused.lora import fuse_lora, unfuse_lora
 from rlvr.testing.tiny import tiny_model
 
@@ -46,7 +47,7 @@ def calls(monkeypatch):
     """The layers that are computed together, for every time that some are."""
     seen = []
     products = lora._lora_products
-    monkeypatch.setattr(lora, "_lora_products", lambda x, layers: seen.append(layers) or products(x, layers))
+    monkeypatch.setattr(lora, "_lora_products", lambda x, found: seen.append(found.layers) or products(x, found))
     return seen
 
 
@@ -71,9 +72,13 @@ def test_gradcheck():
 
     def outputs(x, a, b, second_a, second_b):
         layers = lora._Layer(weight, bias, a, b, 1.5), lora._Layer(second_weight, None, second_a, second_b, 0.5)
-        return lora._lora_products(x, layers)
+        return lora._lora_products(x, lora._Together.of(layers, x.dtype))
+
+    def alone(x, a, b):
+        return lora._lora_products(x, lora._Together.of([lora._Layer(weight, bias, a, b, 1.5)], x.dtype))
 
     free = [tensor.requires_grad_() for tensor in (x, a, b, second_a, second_b)]
+    assert torch.autograd.gradcheck(alone, free[:3])
     assert torch.autograd.gradcheck(outputs, free)
     assert torch.autograd.gradcheck(lambda *free: outputs(*free)[1], free)  # the first without a gradient
 
@@ -112,13 +117,36 @@ def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkey
     model, _ = lora_model("llama")
     fuse_lora(model)
     blocks = model.get_base_model().config.num_hidden_layers
-    outputs = []
-    apply = lora._LoraOutput.apply
-    monkeypatch.setattr(lora._LoraOutput, "apply", lambda *args: outputs.append(1) or apply(*args))
+    counted = []
+    outputs = lora._outputs
+    monkeypatch.setattr(lora, "_outputs", lambda *args: counted.append(1) or outputs(*args))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     outputs_and_gradients(model)
     per_block = 4  # queries, keys and values; their output; gate and up; down
-    assert len(outputs) == 2 * per_block * blocks - blocks
+    assert len(counted) == 2 * per_block * blocks - blocks
+
+
+def test_held_layers_decide_and_cast_once_and_hold_nothing_when_let_go(monkeypatch):
+    model, peft = lora_model("llama")
+    found = []
+    of = lora._Together.of
+    monkeypatch.setattr(lora._Together, "of", lambda layers, dtype: found.append(layers) or of(layers, dtype))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    forwards = FusedForwards(model)
+    groups = 4 * model.get_base_model().config.num_hidden_layers
+    for step in range(3):
+        for m in (model, peft):
+            for name, parameter in m.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.fill_(0.1 * step)
+        forwards.put_in(hold=True)
+        assert_same(model, peft, rtol=1e-4, atol=1e-6)
+        assert len(found) == groups * (step + 1)
+        if step:  # the last time put in anew, without being taken out
+            forwards.take_out()
+    forwards.put_in()
+    assert_same(model, peft, rtol=1e-4, atol=1e-6)
+    assert len(found) == groups * 3 + 2 * groups
 
 
 def test_layers_are_computed_together_only_while_all_are_plain(calls):

@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
 
 from rlvr.fused.layers import _RmsNorm
-from rlvr.fused.lora import _LoraOutput
+from rlvr.fused.lora import _Lora
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 
@@ -144,7 +144,7 @@ def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
 def fused_calls(monkeypatch):
     """How often each fused function ran."""
     counts = {}
-    for function in (_RmsNorm, _LoraOutput):
+    for function in (_RmsNorm, _Lora):
         counts[function.__name__] = 0
 
         def apply(*args, own=function.apply, name=function.__name__):

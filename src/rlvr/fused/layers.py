@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, silu
 
+from rlvr.fused import lora
+
 
 class NormStyle(NamedTuple):
     """y = (shift + weight)·x/rms. `rounds`: x/rms is rounded to x's dtype first, and y has the dtype that the product
@@ -227,24 +229,30 @@ class FusedForwards:
     """The fused forwards of a model, LoRA layers included, found once: putting them in and out costs nothing."""
 
     def __init__(self, model: nn.Module):
-        from rlvr.fused.lora import fuse_lora, unfuse_lora
-
         own = {module for module in model.modules() if "forward" in module.__dict__}
         fuse_layers(model)
-        fuse_lora(model)
+        lora.fuse_lora(model)
         self._forwards = [
             (module, module.__dict__["forward"])
             for module in model.modules()
             if "forward" in module.__dict__ and module not in own
         ]
         unfuse_layers(model)
-        unfuse_lora(model)
+        lora.unfuse_lora(model)
 
-    def put_in(self) -> None:
+    def put_in(self, *, hold: bool = False) -> None:
+        """
+        Args:
+            hold: LoRA layers hold what they find (`lora.hold`): no weight changes before these are taken out or put
+                in anew.
+        """
+        if hold:
+            lora.hold(forward for _, forward in self._forwards)
         for module, forward in self._forwards:
             module.__dict__.setdefault("forward", forward)
 
     def take_out(self) -> None:
+        lora.let_go(forward for _, forward in self._forwards)
         for module, forward in self._forwards:
             if module.__dict__.get("forward") is forward:
                 del module.__dict__["forward"]

@@ -9,7 +9,7 @@ the same precision, since autocast runs PEFT's products in half precision too.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,15 +30,29 @@ class _Layer(NamedTuple):
     scaling: float
 
 
-def _lora_products(x: Tensor, layers: Sequence[_Layer]) -> tuple[Tensor, ...]:
-    """x (n, in) → (n, out) for each layer."""
-    with torch.no_grad():  # `_LoraInput` computes the gradients of A and B
-        every_b = [layer.b.to(x.dtype) for layer in layers]
-        all_a = (layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])).to(x.dtype)
-        hidden = x @ all_a.t()
-    adapters = [tensor for layer in layers for tensor in (layer.a, layer.b)]
-    promised = _LoraInput.apply(x, hidden, all_a, every_b, layers, *adapters)
-    return _LoraOutput.apply((x, hidden, every_b), layers, *promised)
+class _Together(NamedTuple):
+    """Linear layers that share an input, and their adapters as the products take them."""
+
+    layers: Sequence[_Layer]
+    all_a: Tensor  # A of all layers, one below the other (Σr, in)
+    every_b: Sequence[Tensor]  # each B (out, r), in the dtype of `all_a`
+
+    @classmethod
+    @torch.no_grad()  # the products compute the gradients of A and B themselves
+    def of(cls, layers: Sequence[_Layer], dtype: torch.dtype) -> _Together:
+        all_a = layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
+        return cls(layers, all_a.to(dtype), [layer.b.to(dtype) for layer in layers])
+
+
+def _lora_products(x: Tensor, together: _Together) -> tuple[Tensor, ...]:
+    """x (n, in), in the dtype of the adapters, → (n, out) for each layer."""
+    with torch.no_grad():
+        hidden = x @ together.all_a.t()
+    adapters = [tensor for layer in together.layers for tensor in (layer.a, layer.b)]
+    if len(together.layers) > 1:  # never the last of a block
+        return _Lora.apply(x, hidden, together, *adapters)
+    promised = _LoraInput.apply(x, hidden, together, *adapters)
+    return _LoraOutput.apply((x, hidden, together), *promised)
 
 
 class _LoraInput(torch.autograd.Function):
@@ -51,7 +65,6 @@ class _LoraInput(torch.autograd.Function):
 
     Args:
         hidden: x Aᵀ (n, Σr), the layers side by side.
-        all_a, every_b: A of all layers (Σr, in), and each B (out, r), in x's dtype.
         adapters: A, B, A, B, ... as they are trained.
 
     Returns:
@@ -60,30 +73,23 @@ class _LoraInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        hidden: Tensor,
-        all_a: Tensor,
-        every_b: Sequence[Tensor],
-        layers: Sequence[_Layer],
-        *adapters: Tensor,
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: _Together, *adapters: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, hidden)
-        ctx.all_a, ctx.every_b, ctx.layers = all_a, every_b, layers
-        return tuple(x.new_empty(()).expand(len(x), len(layer.weight)) for layer in layers)
+        ctx.together = together
+        return tuple(x.new_empty(()).expand(len(x), len(layer.weight)) for layer in together.layers)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden = ctx.saved_tensors
-        layers, ranks = ctx.layers, _ranks(ctx.layers)
+        layers, all_a, every_b = ctx.together
+        ranks = _ranks(layers)
         grad_hidden = torch.empty_like(hidden)
-        for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, ctx.every_b, layers, strict=True):
+        for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, every_b, layers, strict=True):
             part.addmm_(grad, b, beta=0, alpha=layer.scaling)
         grad_x = None
         if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden @ ctx.all_a
+            grad_x = grad_hidden @ all_a
             for grad, layer in zip(grads, layers, strict=True):
                 grad_x.addmm_(grad, layer.weight.to(grad.dtype))
         grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
@@ -91,31 +97,43 @@ class _LoraInput(torch.autograd.Function):
             _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
             for grad, part, layer in zip(grads, hidden.split(ranks, 1), layers, strict=True)
         ]
-        return grad_x, None, None, None, None, *(grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair)
+        return grad_x, None, None, *(grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair)
 
 
 class _LoraOutput(torch.autograd.Function):
     """The outputs; their gradients go to `promised`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, inputs: tuple[Tensor, Tensor, Sequence[Tensor]], layers: Sequence[_Layer], *promised: Tensor
-    ) -> tuple[Tensor, ...]:
-        x, hidden, every_b = inputs
-        outputs = []
-        for part, b, layer in zip(hidden.split(_ranks(layers), 1), every_b, layers, strict=True):
-            # The narrow product first: the wide one, which has the time for it, then adds up.
-            if layer.bias is None:
-                output = _scaled_product(part, b.t(), layer.scaling)
-            else:
-                output = torch.addmm(layer.bias, part, b.t(), alpha=layer.scaling)
-            outputs.append(output.addmm_(x, layer.weight.to(x.dtype).t()))
-        return tuple(outputs)
+    def forward(ctx: Any, inputs: tuple[Tensor, Tensor, _Together], *promised: Tensor) -> tuple[Tensor, ...]:
+        return _outputs(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *grads
+        return None, *grads
+
+
+class _Lora(_LoraInput):
+    """Both in one, for layers that checkpointing computes again anyhow."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: _Together, *adapters: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, hidden)
+        ctx.together = together
+        return _outputs(x, hidden, together)
+
+
+def _outputs(x: Tensor, hidden: Tensor, together: _Together) -> tuple[Tensor, ...]:
+    layers = together.layers
+    outputs = []
+    for part, b, layer in zip(hidden.split(_ranks(layers), 1), together.every_b, layers, strict=True):
+        # The narrow product first: the wide one, which has the time for it, then adds up.
+        if layer.bias is None:
+            output = _scaled_product(part, b.t(), layer.scaling)
+        else:
+            output = torch.addmm(layer.bias, part, b.t(), alpha=layer.scaling)
+        outputs.append(output.addmm_(x, layer.weight.to(x.dtype).t()))
+    return tuple(outputs)
 
 
 def _ranks(layers: Sequence[_Layer]) -> list[int]:
@@ -129,11 +147,10 @@ def _scaled_product(one: Tensor, other: Tensor, scale: float) -> Tensor:
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Computes the model's plain LoRA layers in this way from now on. Idempotent; `unfuse_lora` takes it
-    back.
+    """Computes the model's plain LoRA layers in this way from now on. Idempotent; `unfuse_lora` takes it back.
 
-    A layer decides at every call: where dropout, DoRA, a merged, disabled or second adapter, a trained base
-    weight or unlike dtypes are in the way, PEFT's own forward runs.
+    A layer decides at every call, unless told to `hold`: where dropout, DoRA, a merged, disabled or second adapter, a
+    trained base weight or unlike dtypes are in the way, PEFT's own forward runs.
 
     Returns:
         How many layers there are.
@@ -170,12 +187,14 @@ class _Forward:
     Attributes:
         others: of the layers that are called next with the same input, and are computed together with this one.
         ready: an input, whether gradients were asked for, and this layer's output, if it was computed with another.
+        found: what was found to be computed together, by dtype; None: it is found again at every call.
     """
 
     def __init__(self, layer: LoraLinear):
         self.layer: Any = layer
         self.others: list[_Forward] = []
         self.ready: tuple[Tensor, bool, Tensor] | None = None
+        self.found: dict[tuple[torch.dtype, bool], _Together | None] | None = None
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ready, self.ready = self.ready, None
@@ -183,19 +202,41 @@ class _Forward:
             return LoraLinear.forward(self.layer, x, *args, **kwargs)
         if ready is not None and ready[0] is x and ready[1] == torch.is_grad_enabled():
             return ready[2]
-        together = [self, *self.others]
-        outputs = _outputs(x, [forward.layer for forward in together]) or _outputs(x, [self.layer])
-        if outputs is None:
+        together = self._together(x)
+        if together is None:
             return LoraLinear.forward(self.layer, x)
-        for other, output in zip(together[1:], outputs[1:], strict=False):  # this layer alone: nothing for the others
+        rows = x.reshape(-1, x.shape[-1]).to(together.all_a.dtype)
+        outputs = [output.view(*x.shape[:-1], output.shape[-1]) for output in _lora_products(rows, together)]
+        for other, output in zip(self.others, outputs[1:], strict=False):  # this layer alone: nothing for the others
             other.ready = (x, torch.is_grad_enabled(), output)
         return outputs[0]
 
+    def _together(self, x: Tensor) -> _Together | None:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        key = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype), autocast
+        found = {} if self.found is None else self.found
+        if key not in found:
+            every = [self.layer, *(other.layer for other in self.others)]
+            found[key] = _together(every, *key) or _together([self.layer], *key)
+        return found[key]
 
-def _outputs(x: Tensor, lora_layers: Sequence[Any]) -> list[Tensor] | None:
-    """The layers' outputs for one input; None if one of them is now more than W, b, A and B, or of unlike dtypes."""
-    autocast = torch.is_autocast_enabled(x.device.type)
-    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+
+def hold(forwards: Iterable[Any]) -> None:
+    """Until `let_go`, these layers' forwards decide once what they compute, and cast the adapters once: for a forward
+    and its backward pass, between which no weight changes. From the start again if they held something."""
+    for forward in forwards:
+        if isinstance(forward, _Forward):
+            forward.found = {}
+
+
+def let_go(forwards: Iterable[Any]) -> None:
+    for forward in forwards:
+        if isinstance(forward, _Forward):
+            forward.found = None
+
+
+def _together(lora_layers: Sequence[Any], dtype: torch.dtype, autocast: bool) -> _Together | None:
+    """The layers, to be computed in `dtype`; None if one is now more than W, b, A and B, or of another dtype."""
     layers = []
     for lora_layer in lora_layers:
         name = _only_adapter(lora_layer)
@@ -206,8 +247,7 @@ def _outputs(x: Tensor, lora_layers: Sequence[Any]) -> list[Tensor] | None:
             return None
         bias = None if base.bias is None else base.bias.to(dtype)
         layers.append(_Layer(base.weight, bias, a, b, lora_layer.scaling[name]))
-    outputs = _lora_products(x.reshape(-1, x.shape[-1]).to(dtype), layers)
-    return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
+    return _Together.of(layers, dtype)
 
 
 def _only_adapter(layer: LoraLinear) -> str | None:

@@ -66,6 +66,7 @@ class LogProbabilityMixin(_Base):
             raise ConfigError(f"shared_prefix is {asked!r}; allowed: auto, on, off.")
         self.shares_prefix = False
         self._fused: FusedForwards | None = None
+        self._steps = False  # within a training step
         self.tokens_computed = self.tokens_padded = 0
         if asked == "off":
             return
@@ -92,9 +93,11 @@ class LogProbabilityMixin(_Base):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """As TRL's. Layers that the forward fused stay so for the backward pass, where checkpointing computes them
         again, and no longer: rollouts, saving and PEFT find the model as it was given."""
+        self._steps = True
         try:
             return super().training_step(*args, **kwargs)
         finally:
+            self._steps = False
             if self._fused is not None:
                 self._fused.take_out()
 
@@ -142,7 +145,7 @@ class LogProbabilityMixin(_Base):
         chunk = batch_size or len(input_ids)
         logps, entropies = [], []
         if self._fused is not None:
-            self._fused.put_in()
+            self._fused.put_in(hold=self._steps)  # anew for every forward; its backward pass has the same weights
         for rows in (slice(start, start + chunk) for start in range(0, len(input_ids), chunk)):
             with self.accelerator.autocast():
                 of_chunk, entropies_of_chunk, packed = shared_prefix_logps(
