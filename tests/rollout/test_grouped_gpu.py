@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.nn import functional
 
 from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped import GroupedEngine
@@ -236,3 +237,45 @@ def test_kernels_draw_from_the_vocabulary_where_logits_are_nan(vocabulary):
     assert tokens[0] == 0  # the first NaN, as `torch.argmax`
     assert tokens[2] == 7
     assert logprobs.isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("gelu", [False, True], ids=["silu", "gelu"])
+@pytest.mark.parametrize(("rows", "width", "depth"), [(1, 512, 256), (33, 200, 136), (64, 8_960, 1_536)])
+def test_kernel_gates_as_plain_torch_does(rows, width, depth, gelu, dtype):
+    from rlvr.rollout.grouped.gated_kernel import gated_product
+
+    torch.manual_seed(0)
+    x, gate, up = (torch.randn(shape, device="cuda") for shape in ((rows, depth), (width, depth), (width, depth)))
+    gate, up = gate / depth**0.5, up / depth**0.5
+
+    def plain(x, gate, up):
+        gated = x @ gate.T
+        return (functional.gelu(gated, approximate="tanh") if gelu else functional.silu(gated)) * (x @ up.T)
+
+    halves = [tensor.to(dtype) for tensor in (x, gate, up)]
+    truth = plain(*(tensor.double() for tensor in halves))
+    error, reference = ((y - truth).abs().max() for y in (gated_product(*halves, gelu=gelu), plain(*halves)))
+    assert error <= 1.5 * reference
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(64, 3), (65, 0)])
+@torch.no_grad()
+def test_gated_layers_of_few_rows_take_the_kernel(rows, kernels, monkeypatch):
+    from rlvr.rollout.grouped import gated_kernel
+    from rlvr.rollout.grouped.projections import PackedProjections, takes_gated
+
+    model = cuda_model(dtype=torch.bfloat16)
+    mlp = model.model.layers[0].mlp
+    assert takes_gated(mlp)
+    assert not takes_gated(cuda_model().model.layers[0].mlp)  # float32
+    calls, product = [], gated_kernel.gated_product
+    monkeypatch.setattr(gated_kernel, "gated_product", lambda *args, **more: calls.append(1) or product(*args, **more))
+    ids = torch.randint(3, 250, (rows, 1), device="cuda")
+    expected = model(ids).logits
+    with PackedProjections(model).in_place():
+        logits = model(ids).logits
+    assert len(calls) == kernels
+    assert (logits - expected).abs().max() <= 0.05 * expected.abs().max()
+    mlp.up_proj.register_forward_hook(lambda *args: None)
+    assert not takes_gated(mlp)

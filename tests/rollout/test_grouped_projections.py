@@ -4,6 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from rlvr.fused.layers import is_gated_mlp
+from rlvr.rollout.grouped import projections
 from rlvr.rollout.grouped.projections import NAMES, PackedProjections
 from rlvr.testing.tiny import tiny_model
 
@@ -46,6 +48,34 @@ def test_adapted_and_hooked_projections_are_left_alone():
     hooked.register_forward_hook(lambda *args: None)
     packed = PackedProjections(adapted)
     assert [parent.layer_idx for parent, _, _ in packed._layers] == [2]
+
+
+@torch.no_grad()
+def test_a_gated_layer_has_a_stand_in_while_they_are_in_place(monkeypatch):
+    """The kernel needs a GPU; here a twin stands for it."""
+    calls = []
+
+    class Twin(torch.nn.Module):
+        def __init__(self, mlp):
+            super().__init__()
+            self.own = (mlp,)
+
+        def forward(self, x):
+            calls.append(x)
+            return self.own[0](x)
+
+    model = tiny_model().eval()
+    assert not any(map(projections.takes_gated, model.modules()))
+    monkeypatch.setattr(projections, "takes_gated", is_gated_mlp)
+    monkeypatch.setattr(projections, "_gated_projections", Twin)
+    own = dict(model.named_modules())
+    packed = PackedProjections(model)
+    expected = model(IDS).logits
+    assert not calls
+    with packed.in_place():
+        torch.testing.assert_close(model(IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert len(calls) == model.config.num_hidden_layers
+    assert dict(model.named_modules()) == own
 
 
 def test_an_attention_in_another_order_is_told():

@@ -258,6 +258,11 @@ class FusedForwards:
                 del module.__dict__["forward"]
 
 
+def is_gated_mlp(module: nn.Module) -> bool:
+    """Whether it computes down_proj(act_fn(gate_proj(x)) · up_proj(x)), by silu or tanh's gelu."""
+    return _forward_class(module) is _GatedForward
+
+
 def _forward_class(module: Any) -> type[_Forward] | None:
     kind, name = type(module), type(module).__name__
     if not kind.__module__.startswith("transformers.models.") or kind.forward.__module__ != kind.__module__:

@@ -1,8 +1,9 @@
-"""Query, key and value of an attention layer as one matrix product, in token steps.
+"""Products of a token step that read the same input, together.
 
-A batch of a few dozen rows is too small for three products to fill a GPU: each waits for its own start. On an H100 the
-three take 16 µs a layer of Qwen2.5-1.5B at 64 rows, the one 7 µs. The weights are copied for it (6 MB a layer there),
-anew for every rollout.
+A batch of a few dozen rows is too small for one product to fill a GPU: each waits for its own start. Query, key and
+value become one product: on an H100 the three take 16 µs a layer of Qwen2.5-1.5B at 64 rows, the one 7 µs. The weights
+are copied for it (6 MB a layer there), anew for every rollout. Gate, up and activation become one kernel, which takes
+the weights where they are (`gated_kernel`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlvr.fused.layers import is_gated_mlp
+
+HALF = (torch.bfloat16, torch.float16)
 NAMES = ("q_proj", "k_proj", "v_proj")
 
 
 class PackedProjections:
-    """Copies of a model's projections, at addresses that stay.
+    """Stand-ins for a model's projections; copies at addresses that stay, where they are copies.
 
     Args:
         model: with its adapters merged. Layers whose projections are not plain linear layers are left alone.
@@ -31,6 +35,12 @@ class PackedProjections:
             for parent in model.modules()
             if (parts := _projections(parent)) is not None
         ]
+        self._gated = [
+            (parent, name, mlp, _gated_projections(mlp))
+            for parent in model.modules()
+            for name, mlp in parent.named_children()
+            if takes_gated(mlp)
+        ]
 
     def load(self) -> None:
         """Copies the weights as they are now."""
@@ -39,14 +49,18 @@ class PackedProjections:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it, the model computes with the copies."""
+        """Within it, the model computes with the stand-ins."""
         try:
             for parent, _, product in self._layers:
                 parent._modules.update(zip(NAMES, product.parts, strict=True))
+            for parent, name, _, stand_in in self._gated:
+                parent._modules[name] = stand_in
             yield
         finally:
             for parent, parts, _ in self._layers:
                 parent._modules.update(zip(NAMES, parts, strict=True))
+            for parent, name, mlp, _ in self._gated:
+                parent._modules[name] = mlp
 
 
 class _Product:
@@ -91,9 +105,27 @@ class _Part(nn.Module):
         return result[..., self.start : self.stop]
 
 
+def _gated_projections(mlp: nn.Module) -> nn.Module:
+    from rlvr.rollout.grouped.gated_kernel import GatedProjections  # needs Triton
+
+    return GatedProjections(mlp)
+
+
+def takes_gated(mlp: Any) -> bool:
+    """Whether it is a gated MLP of plain projections that the kernel can compute."""
+    if not is_gated_mlp(mlp):
+        return False
+    parts = [mlp._modules[name] for name in ("gate_proj", "up_proj")]
+    plain = _all_plain(parts) and all(part.bias is None for part in parts)
+    return plain and all(part.weight.is_cuda and part.weight.dtype in HALF for part in parts)
+
+
+def _all_plain(parts: Sequence[Any]) -> bool:
+    return all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
+
+
 def _projections(parent: Any) -> list[nn.Linear] | None:
     parts: list[Any] = [parent._modules.get(name) for name in NAMES]
-    plain = all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
-    if not plain or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1:
+    if not _all_plain(parts) or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1:
         return None
     return parts
