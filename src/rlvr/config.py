@@ -160,7 +160,9 @@ class TrainSettings:
     fp16: bool = option(False, "short for --dtype float16", MEMORY)
     load_in_4bit: bool = option(False, "quantize the frozen weights to 4 bits (QLoRA)", MEMORY)
     load_in_8bit: bool = option(False, "quantize the frozen weights to 8 bits", MEMORY)
-    gradient_checkpointing: bool = option(True, "recompute activations to save memory", MEMORY)
+    gradient_checkpointing: bool | None = option(
+        None, "recompute activations to save memory; by default where they take over a quarter of what is free", MEMORY
+    )
     attention: str = option("auto", "attention implementation", MEMORY, choices=CHOICES["attention"])
     fast_inference: str = option(
         "auto",
@@ -272,7 +274,7 @@ class TrainSettings:
             attention=self.attention,  # type: ignore[arg-type]
             trust_remote_code=self.trust_remote_code,
             full_finetuning=not self.peft,
-            gradient_checkpointing=self.gradient_checkpointing,
+            gradient_checkpointing=self.gradient_checkpointing is not False,
             gpu_memory_utilization=self.gpu_memory_utilization,
             fast_inference=self.fast_inference,  # type: ignore[arg-type]
             seed=self.seed,

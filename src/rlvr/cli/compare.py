@@ -37,7 +37,11 @@ def compare(
     model: Annotated[str, typer.Option("--model", "-m", help="model id on the Hub, or a local folder")],
     steps: Annotated[int, typer.Option("--steps", help="optimizer steps of each run")] = 10,
     as_is: Annotated[
-        bool, typer.Option("--as-is", help="leave each backend its own defaults; otherwise alpha is not multiplied")
+        bool,
+        typer.Option(
+            "--as-is",
+            help="leave each backend its own defaults; else alpha is as asked, and all checkpoint",
+        ),
     ] = False,
     output_dir: Annotated[
         Path | None, typer.Option("--output-dir", help="by default outputs/compare-<environment>-<time>")
@@ -93,5 +97,5 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(
         "Each backend has its own defaults (--as-is)."
         if comparison.as_is
-        else "lora alpha is applied as asked by every backend; --as-is leaves each its own multiplier."
+        else "Every backend applies lora alpha as asked and checkpoints; --as-is leaves each its own defaults."
     )

@@ -142,7 +142,8 @@ def compare(
         backends: names from `rlvr backends`, at least two; the first is what the others are compared with.
         steps: optimizer steps.
         output_dir: gets a run folder for each backend, and `comparison.json`.
-        as_is: leave each backend its own default of `lora_alpha_multiplier`; otherwise it is 1 for all.
+        as_is: leave each backend its own defaults of `lora_alpha_multiplier` and `gradient_checkpointing`; otherwise
+            they are 1 and True for all.
         on_start: called with each backend's name before its run.
         settings: fields of `rlvr.config.TrainSettings`. Without them nothing is evaluated and nothing is reported.
 
@@ -165,6 +166,7 @@ def compare(
     shared["logging_steps"] = 1
     if not as_is:
         shared.setdefault("lora_alpha_multiplier", 1)
+        shared.setdefault("gradient_checkpointing", True)
     resolve_settings(shared)
     folder = RunFolder.reserve(output_dir).path
     runs = []

@@ -63,7 +63,7 @@ def training_arguments(
         "beta": settings.kl_beta,
         "bf16": on_gpu and "bfloat16" in in_half,
         "fp16": on_gpu and "float16" in in_half,
-        "gradient_checkpointing": settings.gradient_checkpointing,
+        "gradient_checkpointing": settings.gradient_checkpointing is not False,
         "logging_strategy": "steps",
         "logging_steps": settings.logging_steps,
         "save_strategy": "steps",

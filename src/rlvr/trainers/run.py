@@ -187,12 +187,17 @@ def train_with(
         environment = environment or load_environment(settings.env, **settings.env_options)
         check_tools(environment.tools)
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
+        chooses_checkpointing = policy is None and settings.gradient_checkpointing is None
         policy = policy or _load_policy(settings, backend)
         rows = training_rows(environment, policy, settings)
         evaluator = Evaluator(
             environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
         )
         arguments, changes = training_arguments(settings, policy, backend, folder)
+        if chooses_checkpointing and arguments["gradient_checkpointing"]:
+            from rlvr.trainers.activations import switch_off_checkpointing
+
+            changes += switch_off_checkpointing(settings, arguments, policy)
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
