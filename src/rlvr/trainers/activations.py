@@ -37,10 +37,13 @@ def switch_off_checkpointing(
     if free is None or processes() > 1:  # which may shard the model, or differ in what they find
         return []
     rows, longest = arguments["per_device_train_batch_size"], settings.max_prompt_length + settings.max_tokens
-    shares = settings.shared_prefix != "off" and unsupported_reason(model) is None
-    prompts = -(-rows // settings.num_generations) if shares else rows
-    tokens = prompts * settings.max_prompt_length + rows * settings.max_tokens
     dtype = torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else None
+    shares = settings.shared_prefix != "off" and unsupported_reason(model) is None
+    once = (
+        shares and model.device.type == "cuda" and dtype is not None
+    )  # else each branch's attention keeps its prompt
+    prompts = -(-rows // settings.num_generations) if once else rows
+    tokens = prompts * settings.max_prompt_length + rows * settings.max_tokens
     try:
         needed = activation_bytes(model, tokens=tokens, longest=longest, autocast=dtype)
     except Exception as error:  # whatever a model that nobody has seen raises: it trains as it would have
