@@ -36,14 +36,9 @@ def switch_off_checkpointing(
     free = free_memory(model.device)
     if free is None or processes() > 1:  # which may shard the model, or differ in what they find
         return []
-    rows, longest = arguments["per_device_train_batch_size"], settings.max_prompt_length + settings.max_tokens
     dtype = torch.bfloat16 if arguments["bf16"] else torch.float16 if arguments["fp16"] else None
-    shares = settings.shared_prefix != "off" and unsupported_reason(model) is None
-    once = (
-        shares and model.device.type == "cuda" and dtype is not None
-    )  # else each branch's attention keeps its prompt
-    prompts = -(-rows // settings.num_generations) if once else rows
-    tokens = prompts * settings.max_prompt_length + rows * settings.max_tokens
+    tokens = _tokens(settings, arguments["per_device_train_batch_size"], model, half=dtype is not None)
+    longest = settings.max_prompt_length + settings.max_tokens
     try:
         needed = activation_bytes(model, tokens=tokens, longest=longest, autocast=dtype)
     except Exception as error:  # whatever a model that nobody has seen raises: it trains as it would have
@@ -56,6 +51,14 @@ def switch_off_checkpointing(
     arguments["gradient_checkpointing"] = False
     arguments.pop("gradient_checkpointing_kwargs", None)
     return [ArgumentChange("gradient_checkpointing", False, reason)]
+
+
+def _tokens(settings: TrainSettings, rows: int, model: Any, *, half: bool) -> int:
+    """Of the largest micro-batch. Without the flash kernel, attention keeps a prompt for each of its completions."""
+    shares = settings.shared_prefix != "off" and half and model.device.type == "cuda"
+    shares = shares and unsupported_reason(model) is None
+    prompts = -(-rows // settings.num_generations) if shares else rows
+    return prompts * settings.max_prompt_length + rows * settings.max_tokens
 
 
 def activation_bytes(model: Any, *, tokens: int, longest: int, autocast: torch.dtype | None = None) -> int:
