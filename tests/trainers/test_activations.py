@@ -13,6 +13,8 @@ from rlvr.tracking.run_folder import RunFolder
 from rlvr.trainers import activations
 from rlvr.trainers.activations import activation_bytes
 
+pytestmark = pytest.mark.both
+
 RUN = {name: value for name, value in SMALL.items() if name != "gradient_checkpointing"} | {"max_steps": 1}
 
 
