@@ -149,6 +149,30 @@ def test_held_layers_decide_and_cast_once_and_hold_nothing_when_let_go(monkeypat
     assert len(found) == groups * 3 + 2 * groups
 
 
+def test_held_layers_are_cast_for_each_kind_of_forward():
+    model, peft = lora_model("llama")
+    forwards = FusedForwards(model)
+    forwards.put_in(hold=True)
+    for autocast in (True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits, expected = model(input_ids=INPUT).logits, peft(input_ids=INPUT).logits
+        assert logits.dtype == expected.dtype
+        torch.testing.assert_close(logits, expected, **({"rtol": 0.1, "atol": 0.05} if autocast else {}))
+
+
+def test_a_copy_of_a_layer_that_holds_something_holds_nothing():
+    model, peft = lora_model("llama")
+    fuse_lora(model)
+    lora.hold(module.__dict__.get("forward") for module in model.modules())
+    model(input_ids=INPUT)
+    copied = copy.deepcopy(model)
+    for m in (copied, peft):
+        for name, parameter in m.named_parameters():
+            if "lora_B" in name:
+                parameter.data.mul_(3)
+    assert_same(copied, peft, rtol=1e-4, atol=1e-6)
+
+
 def test_layers_are_computed_together_only_while_all_are_plain(calls):
     model, peft = lora_model("llama")
     fuse_lora(model)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -343,6 +345,39 @@ def test_a_bad_reward_stops_the_run_after_saving(tmp_path, tokenizer, value, wor
     assert words in str(caught.value)
     assert "'answer': '7'" in str(caught.value)
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_exists_when_training_begins_stays_out_of_garbage_collections(tmp_path, tokenizer, fails):
+    frozen = []
+
+    def reward(completions, **_):
+        frozen.append(gc.get_freeze_count())
+        return [float("inf") if fails else 1.0] * len(completions)
+
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=reward, args=grpo_config(tmp_path, max_steps=1),
+        train_dataset=Dataset.from_list(PROMPTS), peft_config=lora(),
+    )  # fmt: skip
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(RewardError) if fails else nullcontext():
+        trainer.train()
+    assert frozen[0] > 100_000
+    assert gc.get_freeze_count() == 0
+
+
+def test_objects_that_somebody_else_has_frozen_stay_so(tmp_path, tokenizer):
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, reward_funcs=distinct_characters, peft_config=lora(),
+        args=grpo_config(tmp_path, max_steps=1), train_dataset=Dataset.from_list(PROMPTS),
+    )  # fmt: skip
+    gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        trainer.train()
+        assert gc.get_freeze_count() > 0.9 * before
+    finally:
+        gc.unfreeze()
 
 
 class Breaks(Environment):

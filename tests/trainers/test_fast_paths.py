@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
 
 from rlvr.fused.layers import _RmsNorm
-from rlvr.fused.lora import _Lora
+from rlvr.fused.lora import _Lora, _Together
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 
@@ -207,10 +207,15 @@ def test_fused_layers_train_the_same_and_stay_out_of_everything_else(tmp_path, t
         trainer.save_model(str(tmp_path / str(fuses)))
         return trainer
 
+    found, of = [], _Together.of
+    monkeypatch.setattr(_Together, "of", lambda *args: found.append(1) or of(*args))
     plain = train(False)
     assert not any(fused_calls.values())
     fused = train(True)
     assert all(fused_calls.values())
+    # the canary, and in each of 3 steps the reference and 3 micro-batches, which checkpointing computes twice
+    forwards, groups_of_layers = 1 + 3 * (1 + 3), 2 * 4
+    assert len(found) == forwards * groups_of_layers
     assert logged(fused, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4, abs=2e-6)
     for mine, other in zip(trained(fused), trained(plain), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)

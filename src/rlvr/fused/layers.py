@@ -183,7 +183,7 @@ class _RotaryForward(_Forward):
 
 
 def _gated(gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
-    is_gelu = type(activation).__name__ == "GELUTanh"
+    is_gelu = is_tanh_gelu(activation)
     rows = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
     return _Gated.apply(*rows, is_gelu).view(gate.shape)
 
@@ -258,6 +258,10 @@ class FusedForwards:
                 del module.__dict__["forward"]
 
 
+def is_tanh_gelu(activation: Any) -> bool:
+    return type(activation).__name__ == "GELUTanh"
+
+
 def is_gated_mlp(module: nn.Module) -> bool:
     """Whether it computes down_proj(act_fn(gate_proj(x)) · up_proj(x)), by silu or tanh's gelu."""
     return _forward_class(module) is _GatedForward
@@ -270,8 +274,8 @@ def _forward_class(module: Any) -> type[_Forward] | None:
     if name in NORMS:
         return _NormForward
     activation = getattr(module, "act_fn" if name in GATED else "activation_fn", None)
-    gate_known = isinstance(activation, nn.SiLU) or type(activation).__name__ in ("SiLUActivation", "GELUTanh")
-    if name in GATED | PAIRED and gate_known:
+    is_silu = isinstance(activation, nn.SiLU) or type(activation).__name__ == "SiLUActivation"
+    if name in GATED | PAIRED and (is_silu or is_tanh_gelu(activation)):
         return _GatedForward if name in GATED else _PairedForward
     if name in ROTARY and "apply_rotary_pos_emb" in kind.forward.__code__.co_names:
         return _RotaryForward

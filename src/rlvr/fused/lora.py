@@ -196,6 +196,9 @@ class _Forward:
         self.ready: tuple[Tensor, bool, Tensor] | None = None
         self.found: dict[tuple[torch.dtype, bool], _Together | None] | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "ready": None, "found": None}  # a copy holds nothing: nobody would let it go
+
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ready, self.ready = self.ready, None
         if args or kwargs:

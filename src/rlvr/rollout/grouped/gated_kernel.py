@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from rlvr.fused.kernels import GELU_CUBIC, GELU_SLOPE
+from rlvr.fused.kernels import GELU_CUBIC, GELU_SLOPE, _gate
+from rlvr.fused.layers import is_tanh_gelu
 
 ROWS = 64  # the most rows; of more, cuBLAS makes better use
 COLUMNS, DEPTH, STAGES, WARPS = 32, 64, 4, 4  # the fastest of nine on an H200
@@ -29,11 +30,10 @@ class GatedProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         (mlp,) = self.own
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if len(rows) > ROWS:
             return mlp(x)
-        gelu = type(mlp.act_fn).__name__ == "GELUTanh"
-        gated = gated_product(rows, mlp.gate_proj.weight, mlp.up_proj.weight, gelu=gelu)
+        gated = gated_product(rows, mlp.gate_proj.weight, mlp.up_proj.weight, gelu=is_tanh_gelu(mlp.act_fn))
         return mlp.down_proj(gated.view(*x.shape[:-1], -1))
 
 
@@ -60,8 +60,8 @@ def _gated_product(
         upward += tl.dot(of_x, tl.trans(of_up))
     dtype = y.dtype.element_ty
     g, u = gated.to(dtype).to(tl.float32), upward.to(dtype).to(tl.float32)
-    argument = SLOPE * (g + CUBIC * g * g * g) if GELU else g
-    activated = (g * tl.sigmoid(argument)).to(dtype).to(tl.float32)
+    sigmoid, _ = _gate(g, GELU, SLOPE, CUBIC)
+    activated = (g * sigmoid).to(dtype).to(tl.float32)
     where = y + row[:, None] * width + column[None, :]
     tl.store(where, (activated * u).to(dtype), mask=is_row & (column < width)[None, :])
 
@@ -81,7 +81,7 @@ def gated_product(x: Tensor, gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     _gated_product[(triton.cdiv(width, COLUMNS),)](
         x, gate, up, y, rows, width, depth,
         GELU=gelu, SLOPE=GELU_SLOPE, CUBIC=GELU_CUBIC,
-        ROW_BLOCK=max(16, triton.next_power_of_2(rows)), COLUMNS=COLUMNS, DEPTH=DEPTH,
+        ROW_BLOCK=ROWS, COLUMNS=COLUMNS, DEPTH=DEPTH,  # one block for all: torch.compile would compile for each
         num_stages=STAGES, num_warps=WARPS,
     )  # fmt: skip
     return y

@@ -30,11 +30,11 @@ class PackedProjections:
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = [
-            (parent, parts, _Product(parts))
-            for parent in model.modules()
-            if (parts := _projections(parent)) is not None
-        ]
+        self._layers: list[tuple[nn.Module, list[nn.Linear], _Product, list[_Part]]] = []
+        for parent in model.modules():
+            if (parts := _projections(parent)) is not None:
+                product = _Product(parts)
+                self._layers.append((parent, parts, product, [_Part(product, index) for index in range(len(parts))]))
         self._gated = [
             (parent, name, mlp, _gated_projections(mlp))
             for parent in model.modules()
@@ -44,20 +44,20 @@ class PackedProjections:
 
     def load(self) -> None:
         """Copies the weights as they are now."""
-        for _, parts, product in self._layers:
+        for _, parts, product, _ in self._layers:
             product.load(parts)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it, the model computes with the stand-ins."""
         try:
-            for parent, _, product in self._layers:
-                parent._modules.update(zip(NAMES, product.parts, strict=True))
+            for parent, _, _, stand_ins in self._layers:
+                parent._modules.update(zip(NAMES, stand_ins, strict=True))
             for parent, name, _, stand_in in self._gated:
                 parent._modules[name] = stand_in
             yield
         finally:
-            for parent, parts, _ in self._layers:
+            for parent, parts, _, _ in self._layers:
                 parent._modules.update(zip(NAMES, parts, strict=True))
             for parent, name, mlp, _ in self._gated:
                 parent._modules[name] = mlp
@@ -72,7 +72,6 @@ class _Product:
             self.bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
         self.sizes = [part.out_features for part in parts]
         self.result: Tensor | None = None
-        self.parts = [_Part(self, index, len(parts)) for index in range(len(parts))]
 
     @torch.no_grad()
     def load(self, parts: Sequence[nn.Linear]) -> None:
@@ -86,12 +85,12 @@ class _Product:
 class _Part(nn.Module):
     """Stands for one projection. The model calls the parts in their order, all with the same input."""
 
-    def __init__(self, product: _Product, index: int, count: int):
+    def __init__(self, product: _Product, index: int):
         super().__init__()
         self.product = product
         self.start = sum(product.sizes[:index])
         self.stop = self.start + product.sizes[index]
-        self.is_first, self.is_last = index == 0, index == count - 1
+        self.is_first, self.is_last = index == 0, index == len(product.sizes) - 1
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.product
@@ -113,19 +112,32 @@ def _gated_projections(mlp: nn.Module) -> nn.Module:
 
 def takes_gated(mlp: Any) -> bool:
     """Whether it is a gated MLP of plain projections that the kernel can compute."""
-    if not is_gated_mlp(mlp):
+    if not is_gated_mlp(mlp) or not _untouched(mlp) or not _untouched(mlp.act_fn):
         return False
     parts = [mlp._modules[name] for name in ("gate_proj", "up_proj")]
-    plain = _all_plain(parts) and all(part.bias is None for part in parts)
-    return plain and all(part.weight.is_cuda and part.weight.dtype in HALF for part in parts)
+    if not all(map(_plain, parts)) or any(part.bias is not None for part in parts):
+        return False
+    weights = [part.weight for part in parts]
+    return (
+        all(w.is_cuda and w.dtype in HALF and w.is_contiguous() for w in weights)
+        and weights[0].dtype == weights[1].dtype
+    )
 
 
-def _all_plain(parts: Sequence[Any]) -> bool:
-    return all(type(part) is nn.Linear and not part._forward_hooks and not part._forward_pre_hooks for part in parts)
+def _plain(part: Any) -> bool:
+    return type(part) is nn.Linear and _untouched(part)
+
+
+def _untouched(module: nn.Module) -> bool:
+    """Nobody has put hooks on it, or a forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _projections(parent: Any) -> list[nn.Linear] | None:
     parts: list[Any] = [parent._modules.get(name) for name in NAMES]
-    if not _all_plain(parts) or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1:
+    if (
+        not all(map(_plain, parts))
+        or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1
+    ):
         return None
     return parts
