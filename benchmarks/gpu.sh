@@ -4,8 +4,8 @@
 #   benchmarks/gpu.sh OUT peers      ours beside the peers
 #   benchmarks/gpu.sh OUT sizes      larger groups, a larger model, the engine alone
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
-# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About eight,
-# four and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs a step
+# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About ten,
+# five and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs a step
 # a tenth.
 set -u
 cd "$(dirname "$0")/.."
@@ -18,9 +18,10 @@ export CUDA_VISIBLE_DEVICES=0
 if ! nvidia-smi > /dev/null 2>&1; then echo "$0: there is no GPU here." >&2; exit 2; fi
 
 peers() {
-  step results --shape 1.5b --peers rlvr --steps 12
+  step results --shape 1.5b --peers rlvr --steps 14
   step results --shape 1.5b --peers trl --steps 3
   step results --shape 1.5b --peers unsloth --steps 4
+  if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
   python3 benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64 --models "$models" \
     --out "$out/overhead.jsonl" > "$out/overhead.txt" 2>&1
 }
