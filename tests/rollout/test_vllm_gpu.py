@@ -3,8 +3,10 @@
 from importlib.util import find_spec
 
 import pytest
+from short_runs import SMALL, environment
 
 import rlvr
+from rlvr.errors import SamplerDriftError
 from rlvr.testing.tiny import save_tiny
 
 if find_spec("vllm") is None:
@@ -13,16 +15,35 @@ if find_spec("vllm") is None:
 pytestmark = pytest.mark.gpu
 
 
-def test_vllm_samples_from_the_policy_as_it_is_trained(tmp_path):
-    """The canary compares it with the training forward at every step."""
+def train(folder, steps, dtype="auto"):
+    """The canary compares vLLM with the training forward at every step."""
     sizes = {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512, "initializer_range": 0.05}
-    folder = save_tiny(tmp_path / "qwen2", **sizes)
-    run = rlvr.train(
-        "arithmetic", str(folder), "hf", rollout_engine="vllm", dtype="bfloat16", max_prompt_length=256, max_tokens=24,
-        num_generations=4, prompts_per_step=2, learning_rate=5e-3, eval_samples=2, max_steps=3, canary_every=1,
-        gpu_memory_utilization=0.1, report_to="none", output_dir=tmp_path / "run",
+    settings = SMALL | {"max_tokens": 24, "learning_rate": 2e-2}
+    return rlvr.train(
+        environment(), str(save_tiny(folder / "qwen2", **sizes)), "hf", **settings, rollout_engine="vllm", dtype=dtype,
+        max_steps=steps, canary_every=1, gpu_memory_utilization=0.1, output_dir=folder / "run",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_vllm_samples_from_the_policy_as_it_is_trained(tmp_path, dtype):
+    run = train(tmp_path, steps=3, dtype=dtype)
     assert run.summary["rollout_engine"] == "vllm"
-    hashes = [row["adapter"] for row in run.trajectories() if row["phase"] == "train"]
-    assert len(set(hashes)) == 3
+    assert len({row["adapter"] for row in run.trajectories() if row["phase"] == "train"}) == 3
     assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3]
+
+
+def test_a_vllm_that_does_not_get_the_weights_stops_the_run(tmp_path, monkeypatch):
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    own, calls = VLLMGeneration.sync_weights, []
+
+    def first_only(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 1:
+            own(self, *args, **kwargs)
+
+    monkeypatch.setattr(VLLMGeneration, "sync_weights", first_only)
+    with pytest.raises(SamplerDriftError, match="'vllm' does not sample from the policy"):
+        train(tmp_path, steps=12)
+    assert len(calls) > 1

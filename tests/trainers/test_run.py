@@ -364,6 +364,7 @@ def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
     settings = TrainSettings(env="e", model="m", rollout_engine="vllm").resolved()
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     assert set(arguments) <= set(GRPOConfig.__dataclass_fields__)
+    assert arguments["vllm_enable_sleep_mode"] is False  # on a CPU vLLM has none
 
 
 def test_trl_takes_the_arguments_as_they_are(policy, tmp_path):

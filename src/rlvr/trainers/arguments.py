@@ -75,7 +75,7 @@ def training_arguments(
     }
     if settings.rollout_engine == "vllm":
         arguments["vllm_mode"] = "colocate"
-        arguments["vllm_enable_sleep_mode"] = True  # its memory is given back while the policy trains
+        arguments["vllm_enable_sleep_mode"] = on_gpu  # its memory is given back while the policy trains
         arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization
     changes = [
         change for change in backend.training_arguments(policy) if arguments.get(change.name, _ABSENT) != change.value

@@ -23,11 +23,14 @@ in. Rounding alone stays an order of magnitude below."""
 
 
 def computed_in(trainer: Any) -> torch.dtype:
-    """The coarsest dtype of the training forward: that of its autocast, where there is one, or of the weights.
+    """The coarsest dtype of the training forward, that of its autocast, where there is one, or of the weights, and of
+    the sampler: vLLM, unless told otherwise, computes with float32 weights in bfloat16.
 
     Unsloth's trainer switches autocast on for float32 weights, in its arguments.
     """
     dtypes = [trainer.model.dtype] + [torch.bfloat16] * trainer.args.bf16 + [torch.float16] * trainer.args.fp16
+    if trainer.use_vllm and trainer.model.dtype == torch.float32:
+        dtypes.append(torch.bfloat16)
     return max(dtypes, key=_bound)
 
 
