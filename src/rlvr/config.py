@@ -170,8 +170,12 @@ class TrainSettings:
         MEMORY,
         choices=CHOICES["fast_inference"],
     )
-    gpu_memory_utilization: float = option(
-        0.9, "share of GPU memory that an inference engine may take", MEMORY, above=0, most=1
+    gpu_memory_utilization: float | None = option(
+        None,
+        "share of GPU memory that an inference engine may take; by default 0.9, or 0.3 with --rollout-engine vllm",
+        MEMORY,
+        above=0,
+        most=1,
     )
 
     output_dir: str | None = option(None, "run folder; by default outputs/<run name>", RUN)
@@ -275,7 +279,7 @@ class TrainSettings:
             trust_remote_code=self.trust_remote_code,
             full_finetuning=not self.peft,
             gradient_checkpointing=self.gradient_checkpointing is not False,
-            gpu_memory_utilization=self.gpu_memory_utilization,
+            gpu_memory_utilization=self.gpu_memory_utilization or ModelSettings.gpu_memory_utilization,
             fast_inference=self.fast_inference,  # type: ignore[arg-type]
             seed=self.seed,
         )

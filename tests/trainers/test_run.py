@@ -8,6 +8,7 @@ from huggingface_hub import ModelCard
 from transformers import TrainerCallback
 
 import rlvr
+from rlvr import ModelSettings
 from rlvr.backends.protocol import ArgumentChange
 from rlvr.config import TrainSettings
 from rlvr.environments.base import Environment
@@ -365,6 +366,8 @@ def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     assert set(arguments) <= set(GRPOConfig.__dataclass_fields__)
     assert arguments["vllm_enable_sleep_mode"] is False  # on a CPU vLLM has none
+    assert arguments["vllm_gpu_memory_utilization"] == GRPOConfig.vllm_gpu_memory_utilization
+    assert settings.model_settings().gpu_memory_utilization == ModelSettings.gpu_memory_utilization
 
 
 def test_trl_takes_the_arguments_as_they_are(policy, tmp_path):

@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 
 CLIP = 0.2  # of the probability ratio, to both sides
 CISPO_CAP = 5.0  # of its importance weights, which are capped at the value itself (ScaleRL, arXiv:2510.13786)
+VLLM_MEMORY = 0.3  # of the GPU's, beside a policy with weights of its own; TRL's default
 _ABSENT = object()
 
 
@@ -76,7 +77,7 @@ def training_arguments(
     if settings.rollout_engine == "vllm":
         arguments["vllm_mode"] = "colocate"
         arguments["vllm_enable_sleep_mode"] = on_gpu  # its memory is given back while the policy trains
-        arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization
+        arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization or VLLM_MEMORY
     changes = [
         change for change in backend.training_arguments(policy) if arguments.get(change.name, _ABSENT) != change.value
     ]
