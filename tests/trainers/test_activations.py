@@ -86,7 +86,9 @@ def checkpoints(model, folder, **options):
     run = rlvr.train(environment(), model, "hf", **{**RUN, **options}, callbacks=[callback], output_dir=folder)
     assert len(set(callback.seen)) == 1
     changes = RunFolder(run.folder).policy()["training_arguments_changed"]
-    return callback.seen[0], "gradient_checkpointing" in [change["name"] for change in changes]
+    names = [change["name"] for change in changes]
+    assert ("gradient_checkpointing_kwargs" in names) is callback.seen[0]
+    return callback.seen[0], "gradient_checkpointing" in names
 
 
 @pytest.mark.parametrize(("free", "expected"), [(2**40, False), (2**20, True), (None, True)])

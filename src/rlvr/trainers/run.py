@@ -197,7 +197,8 @@ def train_with(
         if chooses_checkpointing and arguments["gradient_checkpointing"]:
             from rlvr.trainers.activations import switch_off_checkpointing
 
-            changes += switch_off_checkpointing(settings, arguments, policy)
+            switched_off = switch_off_checkpointing(settings, arguments, policy)
+            changes = [change for change in changes if change.name in arguments] + switched_off
         with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
