@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlvr.backends.protocol import ArgumentChange, LoadedPolicy
 from rlvr.config import TrainSettings, processes
+from rlvr.rollout.grouped.weights import free_on_gpu
 from rlvr.trainers.shared_prefix.support import unsupported_reason, unwrap
 
 logger = logging.getLogger(__name__)
@@ -115,8 +116,7 @@ def _training(model: Any) -> Iterator[None]:
 def free_memory(device: torch.device) -> int | None:
     """Bytes that this process can still get there; None where that is not known."""
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free_on_gpu(device)
     if device.type == "cpu":
         import psutil
 

@@ -133,9 +133,13 @@ def _room(modules: Sequence[nn.Module]) -> float:
     device = next(iter(weights)).device
     if device.type != "cuda":
         return float("inf")
+    return free_on_gpu(device) - 4 * 2**30 - sum(weight.nbytes for weight in weights) // 8
+
+
+def free_on_gpu(device: torch.device) -> int:
+    """Bytes that this process can still get: what the driver has, and what torch has reserved and does not use."""
     free, _ = torch.cuda.mem_get_info(device)
-    reserved_unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free + reserved_unused - 4 * 2**30 - sum(weight.nbytes for weight in weights) // 8
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def _shared_parameters(modules: Sequence[nn.Module]) -> set[nn.Parameter]:
