@@ -2,11 +2,12 @@
 # What docs/performance.md and docs/compatibility.md report of a GPU, on the first one, with the Python at hand:
 #   benchmarks/gpu.sh OUT            all
 #   benchmarks/gpu.sh OUT peers      ours beside the peers
+#   benchmarks/gpu.sh OUT overhead   our layer on Unsloth's trainer beside a script of Unsloth's own
 #   benchmarks/gpu.sh OUT sizes      larger groups, a larger model, the engine alone
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
-# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About ten,
-# five and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs a step
-# a tenth.
+# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About six,
+# five, five and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs
+# a step a tenth.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?a folder for the results}") what=${2:-all}
@@ -22,6 +23,9 @@ peers() {
   step results --shape 1.5b --peers trl --steps 3
   step results --shape 1.5b --peers unsloth --steps 4
   if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
+}
+
+overhead() {
   python3 benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64 --models "$models" \
     --out "$out/overhead.jsonl" > "$out/overhead.txt" 2>&1
 }
@@ -47,7 +51,7 @@ checks() { # at the same time: nothing of them is timed
 step() { python3 benchmarks/step.py --models "$models" --out "$out/$1.jsonl" "${@:2}" >> "$out/$1.txt" 2>&1; }
 
 case $what in
-  all) peers; sizes; checks ;;
-  peers | sizes | checks) $what ;;
-  *) echo "$0: $what is not known; allowed: peers, sizes, checks, or nothing for all." >&2; exit 2 ;;
+  all) peers; overhead; sizes; checks ;;
+  peers | overhead | sizes | checks) $what ;;
+  *) echo "$0: $what is not known; allowed: peers, overhead, sizes, checks, or nothing for all." >&2; exit 2 ;;
 esac

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from rlvr.fused import lora
 from rlvr.fused.layers import FusedForwards
@@ -235,10 +236,23 @@ def test_no_half_precision_copy_of_a_float32_weight_waits_for_the_backward_pass(
     assert kept <= {parameter.data_ptr() for parameter in model.parameters()}
 
 
+def change_from_outside(model, part, by):
+    """Doubles what a part of every LoRA layer computes, as whoever patches models might."""
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and part in name.split("."):
+            if by == "hook":
+                module.register_forward_hook(lambda module, inputs, output: 2 * output)
+            else:
+                module.forward = lambda x, module=module: 2 * nn.Linear.forward(module, x)
+
+
 @pytest.mark.parametrize(
     "case",
-    ["dora", "dropout", "lora_bias", "merged", "disabled", "two adapters", "trained base", "unlike dtypes"],
-)
+    [
+        "dora", "dropout", "lora_bias", "merged", "disabled", "two adapters", "trained base", "unlike dtypes",
+        "base_layer's forward", "lora_A's forward", "lora_B's hook",
+    ],
+)  # fmt: skip
 def test_whatever_is_not_plain_lora_stays_with_peft(case, calls):
     options = {"dora": {"use_dora": True}, "dropout": {"lora_dropout": 0.5}, "lora_bias": {"lora_bias": True}}
     model, peft = lora_model(**options.get(case, {}))
@@ -255,6 +269,8 @@ def test_whatever_is_not_plain_lora_stays_with_peft(case, calls):
             for name, parameter in m.named_parameters():
                 if "lora_" in name:
                     parameter.data = parameter.data.double()
+        elif "'s " in case:
+            change_from_outside(m, *case.split("'s "))
     results = []
     for m in (model, peft):
         torch.manual_seed(0)

@@ -116,3 +116,30 @@ def test_a_model_that_cannot_be_measured_checkpoints_and_says_so(model_folder, t
 def test_free_memory_of_this_machine():
     assert 2**20 < activations.free_memory(torch.device("cpu")) < 2**50
     assert activations.free_memory(torch.device("meta")) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["bfloat16 weights", "autocast"])
+def test_what_is_measured_is_what_a_gpu_then_holds(autocast):
+    model = adapted(hidden_size=512, heads=8, kv_heads=2, intermediate_size=1024).to("cuda").train()
+    if autocast is None:
+        model = model.to(torch.bfloat16)
+    decoder, ids = model.get_base_model().get_decoder(), torch.zeros((1, 4000), dtype=torch.long, device="cuda")
+
+    def allocated_by_a_forward():
+        before = torch.cuda.memory_allocated()
+        with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
+            output = decoder(input_ids=ids, use_cache=False)
+            held = torch.cuda.memory_allocated() - before
+        del output
+        return held
+
+    allocated_by_a_forward()  # what the libraries keep for themselves from the first call on
+    expected = allocated_by_a_forward()
+    assert activation_bytes(model, tokens=4000, longest=4000, autocast=autocast) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_with_room_does_not_checkpoint(model_folder, tmp_path):
+    assert checkpoints(str(model_folder), tmp_path / "run") == (False, True)
+    assert checkpoints(str(model_folder), tmp_path / "asked", gradient_checkpointing=True) == (True, False)

@@ -258,8 +258,20 @@ def _only_adapter(layer: LoraLinear) -> str | None:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(active) != 1 or layer.disable_adapters or layer.merged or active[0] in layer.lora_variant:
         return None
-    base, dropout, b = layer.base_layer, layer.lora_dropout[active[0]], layer.lora_B[active[0]]
+    base, dropout = layer.base_layer, layer.lora_dropout[active[0]]
+    a, b = layer.lora_A[active[0]], layer.lora_B[active[0]]
+    if not all(map(is_plain_linear, (base, a, b))) or b.bias is not None:
+        return None
     frozen = not base.weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
     drops = layer.training and getattr(dropout, "p", 0.0) > 0
-    plain = type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
-    return active[0] if plain and frozen and not drops and b.bias is None else None
+    return active[0] if frozen and not drops else None
+
+
+def is_plain_linear(module: Any) -> bool:
+    """Whether it computes x Wᵀ + b, and nobody changed that from outside."""
+    return type(module) is nn.Linear and is_untouched(module)
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Nobody has put hooks on it, or a forward of its own."""
+    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

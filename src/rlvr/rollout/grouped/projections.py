@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlvr.fused.layers import is_gated_mlp
+from rlvr.fused.lora import is_plain_linear, is_untouched
 
 HALF = (torch.bfloat16, torch.float16)
 NAMES = ("q_proj", "k_proj", "v_proj")
@@ -112,10 +113,10 @@ def _gated_projections(mlp: nn.Module) -> nn.Module:
 
 def takes_gated(mlp: Any) -> bool:
     """Whether it is a gated MLP of plain projections that the kernel can compute."""
-    if not is_gated_mlp(mlp) or not _untouched(mlp) or not _untouched(mlp.act_fn):
+    if not is_gated_mlp(mlp) or not is_untouched(mlp) or not is_untouched(mlp.act_fn):
         return False
     parts = [mlp._modules[name] for name in ("gate_proj", "up_proj")]
-    if not all(map(_plain, parts)) or any(part.bias is not None for part in parts):
+    if not all(map(is_plain_linear, parts)) or any(part.bias is not None for part in parts):
         return False
     weights = [part.weight for part in parts]
     return (
@@ -124,19 +125,10 @@ def takes_gated(mlp: Any) -> bool:
     )
 
 
-def _plain(part: Any) -> bool:
-    return type(part) is nn.Linear and _untouched(part)
-
-
-def _untouched(module: nn.Module) -> bool:
-    """Nobody has put hooks on it, or a forward of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-
-
 def _projections(parent: Any) -> list[nn.Linear] | None:
     parts: list[Any] = [parent._modules.get(name) for name in NAMES]
     if (
-        not all(map(_plain, parts))
+        not all(map(is_plain_linear, parts))
         or len({(part.bias is None, part.weight.dtype, part.in_features) for part in parts}) > 1
     ):
         return None
