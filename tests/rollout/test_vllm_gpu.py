@@ -1,13 +1,18 @@
-"""vLLM beside the policy, through TRL, on a GPU where it is installed."""
+"""vLLM beside the policy, through TRL, on a GPU where it is installed. A process can start it once."""
 
+import os
+import subprocess
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from short_runs import SMALL, environment
 
 import rlvr
-from rlvr.errors import SamplerDriftError
+from rlvr.errors import ConfigError, SamplerDriftError
 from rlvr.testing.tiny import save_tiny
+from rlvr.tracking.run_folder import RunFolder
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed in this environment", allow_module_level=True)
@@ -27,13 +32,18 @@ def train(folder, steps, dtype="auto"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_vllm_samples_from_the_policy_as_it_is_trained(tmp_path, dtype):
-    run = train(tmp_path, steps=3, dtype=dtype)
-    assert run.summary["rollout_engine"] == "vllm"
+    paths = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run(
+        [sys.executable, __file__, str(tmp_path), dtype], check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    run = RunFolder(tmp_path / "run")
+    assert run.summary()["rollout_engine"] == "vllm"
     assert len({row["adapter"] for row in run.trajectories() if row["phase"] == "train"}) == 3
     assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3]
 
 
 def test_a_vllm_that_does_not_get_the_weights_stops_the_run(tmp_path, monkeypatch):
+    """And another run of the process is told that it cannot start vLLM again."""
     from trl.generation.vllm_generation import VLLMGeneration
 
     own, calls = VLLMGeneration.sync_weights, []
@@ -45,5 +55,11 @@ def test_a_vllm_that_does_not_get_the_weights_stops_the_run(tmp_path, monkeypatc
 
     monkeypatch.setattr(VLLMGeneration, "sync_weights", first_only)
     with pytest.raises(SamplerDriftError, match="'vllm' does not sample from the policy"):
-        train(tmp_path, steps=12)
+        train(tmp_path / "first", steps=12)
     assert len(calls) > 1
+    with pytest.raises(ConfigError, match="isolate=True"):
+        train(tmp_path / "second", steps=12)
+
+
+if __name__ == "__main__":
+    train(Path(sys.argv[1]), steps=3, dtype=sys.argv[2])

@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from rlvr.tracking.hub import check_push, push
 from rlvr.tracking.lineage import write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.arguments import grpo_config, training_arguments
+from rlvr.trainers.colocated import check_vllm_can_start, variables_kept
 from rlvr.trainers.evaluator import Evaluator
 from rlvr.trainers.players import backend_name, fitting_examples, loaded_policy_problems
 from rlvr.trainers.policy_hashes import origin
@@ -199,7 +199,8 @@ def train_with(
 
             switched_off = switch_off_checkpointing(settings, arguments, policy)
             changes = [change for change in changes if change.name in arguments] + switched_off
-        with reporting(settings.report_to, folder=folder.path, run_name=settings.run_name) as trackers:
+        reports = reporting(settings.report_to, folder=folder.path, run_name=settings.run_name)
+        with reports as trackers, variables_kept():
             folder.begin(settings.as_dict(), seeds={"run": settings.seed}, policy=_policy_facts(policy, changes))
             arguments["report_to"] = trackers
             return _train(settings, rows, arguments, folder, callbacks, evaluator)
@@ -320,11 +321,8 @@ def _check_services(settings: TrainSettings) -> None:
     from rlvr.tracking.reporting import chosen_trackers
 
     chosen_trackers(settings.report_to)
-    if settings.rollout_engine == "vllm" and find_spec("vllm") is None:
-        raise ConfigError(
-            "rollout_engine is 'vllm', and vLLM is not installed. Install it with 'pip install \"rlvr[vllm]\"', "
-            "or use --rollout-engine auto."
-        )
+    if settings.rollout_engine == "vllm":
+        check_vllm_can_start()
     if settings.push_to_hub:
         given = settings.hub_model_id is not None
         option = "hub_model_id" if given else "run_name, which names the repository where hub_model_id is not given,"
