@@ -42,18 +42,18 @@ def test_vllm_samples_from_the_policy_as_it_is_trained(tmp_path, dtype):
     assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3]
 
 
-def test_a_vllm_that_does_not_get_the_weights_stops_the_run(tmp_path, monkeypatch):
+def test_a_vllm_that_gets_stale_weights_stops_the_run(tmp_path, monkeypatch):
     """And another run of the process is told that it cannot start vLLM again."""
     from trl.generation.vllm_generation import VLLMGeneration
 
-    own, calls = VLLMGeneration.sync_weights, []
+    own, first, calls = VLLMGeneration._iter_named_params, [], []
 
-    def first_only(self, *args, **kwargs):
+    def as_they_were(self):
         calls.append(1)
-        if len(calls) == 1:
-            own(self, *args, **kwargs)
+        first.extend((name, value.detach().clone()) for name, value in own(self) if len(calls) == 1)
+        return iter(first)
 
-    monkeypatch.setattr(VLLMGeneration, "sync_weights", first_only)
+    monkeypatch.setattr(VLLMGeneration, "_iter_named_params", as_they_were)
     with pytest.raises(SamplerDriftError, match="'vllm' does not sample from the policy"):
         train(tmp_path / "first", steps=12)
     assert len(calls) > 1
