@@ -1,4 +1,7 @@
-"""vLLM beside the policy, through TRL, on a GPU where it is installed. A process can start it once."""
+"""vLLM beside the policy, through TRL, on a GPU where it is installed. A process can start it once.
+
+`python tests/rollout/test_vllm_gpu.py FOLDER DTYPE` is a run that leaves the frozen weights as they were, or fails.
+"""
 
 import os
 import subprocess
@@ -7,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from short_runs import SMALL, environment
 
 import rlvr
@@ -23,11 +27,14 @@ pytestmark = pytest.mark.gpu
 def train(folder, steps, dtype="auto"):
     """The canary compares vLLM with the training forward at every step."""
     sizes = {"hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512, "initializer_range": 0.05}
-    settings = SMALL | {"max_tokens": 24, "learning_rate": 2e-2}
-    return rlvr.train(
-        environment(), str(save_tiny(folder / "qwen2", **sizes)), "hf", **settings, rollout_engine="vllm", dtype=dtype,
-        max_steps=steps, canary_every=1, gpu_memory_utilization=0.1, output_dir=folder / "run",
+    model = str(save_tiny(folder / "qwen2", **sizes))
+    run = rlvr.train(
+        environment(), model, "hf", **SMALL | {"max_tokens": 24, "learning_rate": 2e-2}, rollout_engine="vllm",
+        dtype=dtype, max_steps=steps, canary_every=1, gpu_memory_utilization=0.1, output_dir=folder / "run",
     )  # fmt: skip
+    fresh = dict(rlvr.load_policy(model, dtype=dtype).model.named_parameters())
+    trained = run.policy.model.named_parameters()
+    assert all(torch.equal(value, fresh[name]) for name, value in trained if not value.requires_grad)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

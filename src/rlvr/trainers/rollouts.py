@@ -41,6 +41,10 @@ class RolloutMixin(_Base):
 
         choice = choose_engine(self, rollout_engine)
         self.engine = choice.engine
+        if self.use_vllm and not (self._on_unsloth_trainer or self.args.deepspeed or self.args.fsdp):
+            from rlvr.trainers.vllm_weights import merge_apart
+
+            merge_apart(self.vllm_generation)
         self._canary_every, self._canary_due = canary_every, 0
         if choice.fallback:
             logger.warning("rollouts use plain generate, not the grouped engine: %s.", choice.fallback)

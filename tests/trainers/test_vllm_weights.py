@@ -1,0 +1,109 @@
+"""What vLLM gets of a policy with adapters; tests/rollout/test_vllm_gpu.py trains beside one."""
+
+import contextlib
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoHaConfig, LoraConfig, get_peft_model
+from trl.generation.vllm_generation import VLLMGeneration
+
+from rlvr.testing.tiny import tiny_model
+from rlvr.trainers.vllm_weights import merge_apart
+
+pytestmark = pytest.mark.both
+
+LORA = LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def policy(config=LORA, dtype=torch.bfloat16):
+    """With adapters that are large enough to be seen in half precision."""
+    torch.manual_seed(0)
+    model = get_peft_model(tiny_model(), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = 0.1 * torch.randn(parameter.shape) + (1.0 if "magnitude" in name else 0.0)
+    return model.to(dtype)
+
+
+def generation(model):
+    """TRL's, as far as it reads weights, without vLLM."""
+    made = VLLMGeneration.__new__(VLLMGeneration)
+    made.model = model
+    made._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext())
+    return made
+
+
+def given(model, *, apart):
+    """By name, as TRL gives them."""
+    made = generation(model)
+    if apart:
+        merge_apart(made)
+    return {name: value.clone() for name, value in made._iter_named_params()}
+
+
+def bits(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+OTHERS = {
+    "DoRA": LoraConfig(r=4, use_dora=True, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "embeddings": LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"], task_type="CAUSAL_LM"),
+    "not LoRA": LoHaConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("config", [LORA, *OTHERS.values()], ids=["LoRA", *OTHERS])
+def test_vllm_gets_what_peft_merges_and_nothing_changes(config):
+    model = policy(config, torch.float32)
+    before = bits(model)
+    names = dict(tiny_model().named_parameters())
+    expected = dict(copy.deepcopy(model).merge_and_unload().named_parameters())
+    weights = given(model, apart=True)
+    assert weights.keys() == names.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, expected[name].data, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(weights[name], value) for name, value in names.items())
+    after = bits(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+
+
+@pytest.mark.parametrize("config", [LORA, *OTHERS.values()], ids=["LoRA", *OTHERS])
+def test_in_half_precision_the_policy_stays_as_it_is(config):
+    model = policy(config)
+    before = bits(model)
+    first = given(model, apart=True)
+    for _ in range(3):
+        again = given(model, apart=True)
+    after = bits(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert not model.base_model.model.model.layers[0].self_attn.q_proj.merged
+    given(model, apart=False)
+    drifted = bits(model)
+    assert not all(torch.equal(value, drifted[name]) for name, value in before.items()), "TRL does it itself by now"
+
+
+def test_half_precision_is_rounded_once():
+    """As near to the float32 sum as its dtype has numbers."""
+    model = policy()
+    weights = given(model, apart=True)
+    expected = copy.deepcopy(model).float().merge_and_unload().state_dict()
+    for name, value in weights.items():
+        assert torch.equal(value, expected[name].to(torch.bfloat16)), name
+
+
+def test_a_model_without_adapters_is_given_as_it_is():
+    model = tiny_model()
+    weights = given(model, apart=True)
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+
+
+def test_what_peft_does_by_itself_still_works_afterwards():
+    model = policy(dtype=torch.float32)
+    weights = given(model, apart=True)
+    model.merge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    assert layer.merged
+    torch.testing.assert_close(layer.base_layer.weight.data, weights["model.layers.0.self_attn.q_proj.weight"])
