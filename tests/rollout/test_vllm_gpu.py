@@ -56,7 +56,7 @@ def test_a_vllm_that_gets_stale_weights_stops_the_run(tmp_path, monkeypatch):
     own, first, calls = VLLMGeneration._iter_named_params, [], []
 
     def as_they_were(self):
-        calls.append(1)
+        calls.append(self)  # kept: a vLLM that is collected would make room for the next
         first.extend((name, value.detach().clone()) for name, value in own(self) if len(calls) == 1)
         return iter(first)
 

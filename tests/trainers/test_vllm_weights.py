@@ -6,10 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoHaConfig, LoraConfig, get_peft_model
+from tests_support import grpo_config
 from trl.generation.vllm_generation import VLLMGeneration
 
+from rlvr.errors import AdapterError
 from rlvr.testing.tiny import tiny_model
+from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.vllm_weights import merge_apart
 
 pytestmark = pytest.mark.both
@@ -31,7 +35,9 @@ def generation(model):
     """TRL's, as far as it reads weights, without vLLM."""
     made = VLLMGeneration.__new__(VLLMGeneration)
     made.model = model
-    made._dist = SimpleNamespace(is_fsdp=False, gather_params=lambda parameters: contextlib.nullcontext())
+    made._dist = SimpleNamespace(
+        is_fsdp=False, is_zero3=False, gather_params=lambda parameters: contextlib.nullcontext()
+    )
     return made
 
 
@@ -83,6 +89,55 @@ def test_in_half_precision_the_policy_stays_as_it_is(config):
     given(model, apart=False)
     drifted = bits(model)
     assert not all(torch.equal(value, drifted[name]) for name, value in before.items()), "TRL does it itself by now"
+
+
+@pytest.mark.parametrize("config", [LORA, *OTHERS.values()], ids=["LoRA", *OTHERS])
+def test_where_vllm_fails_in_the_middle_the_policy_is_whole(config):
+    model = policy(config)
+    before, ids = bits(model), torch.arange(3, 13)[None]
+    expected = model(input_ids=ids).logits
+    made = generation(model)
+    merge_apart(made)
+    weights = made._iter_named_params()
+    for _ in range(3):
+        next(weights)
+    weights.close()
+    after = bits(model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert torch.equal(model(input_ids=ids).logits, expected)
+
+
+def test_an_adapter_that_vllm_does_not_get_is_an_error():
+    made = generation(policy())
+    own = made._iter_named_params
+    made._iter_named_params = lambda: ((name, value.clone()) for name, value in own())
+    merge_apart(made)
+    with pytest.raises(AdapterError, match="of 14 layers"):
+        list(made._iter_named_params())
+
+
+@pytest.mark.parametrize("sharded", ["is_fsdp", "is_zero3"])
+def test_a_sharded_model_stays_with_trl(sharded):
+    made = generation(policy())
+    setattr(made._dist, sharded, True)
+    merge_apart(made)
+    assert "_iter_named_params" not in vars(made)
+
+
+def test_a_trainer_beside_vllm_gives_weights_in_this_way(tmp_path, tokenizer, monkeypatch):
+    """The trainer is TRL's own with its own `VLLMGeneration`, but that no vLLM is started."""
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", lambda self: None)
+    trainer = EnhancedGRPOTrainer(
+        model=policy(), processing_class=tokenizer, reward_funcs=lambda completions, **_: [0.0] * len(completions),
+        train_dataset=Dataset.from_list([{"prompt": "a"}] * 4), rollout_engine="vllm",
+        args=grpo_config(tmp_path, use_vllm=True, vllm_mode="colocate"),
+    )  # fmt: skip
+    before = bits(trainer.model)
+    weights = dict(trainer.vllm_generation._iter_named_params())
+    after = bits(trainer.model)
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj
+    assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], layer.base_layer.weight)
 
 
 def test_half_precision_is_rounded_once():

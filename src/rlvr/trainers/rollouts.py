@@ -41,7 +41,7 @@ class RolloutMixin(_Base):
 
         choice = choose_engine(self, rollout_engine)
         self.engine = choice.engine
-        if self.use_vllm and not (self._on_unsloth_trainer or self.args.deepspeed or self.args.fsdp):
+        if self.use_vllm and not self._on_unsloth_trainer:
             from rlvr.trainers.vllm_weights import merge_apart
 
             merge_apart(self.vllm_generation)

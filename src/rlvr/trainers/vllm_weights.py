@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
+from torch import Tensor
 
+from rlvr.errors import AdapterError
 from rlvr.rollout.grouped.weights import mergeable, merged_weight
 
 
 def merge_apart(generation: Any) -> None:
     """From now on the policy's weights are the same after they were given to vLLM as before.
 
+    Weights under adapters that are not plain LoRA are there twice meanwhile. A sharded model stays with TRL, which
+    gathers it to merge.
+
     Args:
-        generation: TRL's `VLLMGeneration`, of a model that is not sharded.
+        generation: TRL's `VLLMGeneration`.
     """
+    if generation._dist.is_fsdp or generation._dist.is_zero3:
+        return
     own = generation._iter_named_params
 
     def iter_named_params() -> Iterator[tuple[str, Tensor]]:
@@ -34,21 +40,19 @@ def merge_apart(generation: Any) -> None:
             yield from own()
             return
         layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        if not all(map(mergeable, layers)):
-            with _put_back(layers):
-                yield from own()
-            return
-        by_address = {layer.base_layer.weight.data_ptr(): layer for layer in layers}
-        with _left_unmerged(model):
+        waiting = {layer.base_layer.weight.data_ptr(): layer for layer in layers if mergeable(layer)}
+        with _left_to_us(model), _merged([layer for layer in layers if not mergeable(layer)]):
             for name, value in own():
-                layer = by_address.get(value.data_ptr())
+                layer = waiting.pop(value.data_ptr(), None)
                 yield name, value if layer is None else merged_weight(layer).to(value.dtype)
+        if waiting:
+            raise AdapterError(f"vLLM did not get the adapters of {len(waiting)} layers; use rollout_engine='auto'.")
 
     generation._iter_named_params = iter_named_params
 
 
 @contextlib.contextmanager
-def _left_unmerged(model: PeftModel) -> Iterator[None]:
+def _left_to_us(model: PeftModel) -> Iterator[None]:
     """What TRL calls before and after it reads the weights does nothing."""
     model.__dict__.update(merge_adapter=lambda: None, unmerge_adapter=lambda: None)
     try:
@@ -58,16 +62,19 @@ def _left_unmerged(model: PeftModel) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _put_back(layers: list[Any]) -> Iterator[None]:
-    """Afterwards the weights under the adapters are what they were, bit for bit. Merging changes or replaces them."""
-    kept: list[tuple[nn.Module, str, nn.Parameter, Tensor]] = []
-    for layer in layers:
-        base = layer.get_base_layer()
-        kept += [(base, name, p, p.detach().clone()) for name, p in base.named_parameters(recurse=False)]
+def _merged(layers: list[Any]) -> Iterator[None]:
+    """Layers whose adapters PEFT merges and takes out again; their weights are then put back, bit for bit."""
+    bases = [layer.get_base_layer() for layer in layers]
+    kept = [(base, name, p, p.detach().clone()) for base in bases for name, p in base.named_parameters(recurse=False)]
     try:
+        for layer in layers:
+            layer.merge()
         yield
     finally:
-        for base, name, parameter, value in kept:
+        for layer in layers:
+            if layer.merged:
+                layer.unmerge()
+        for base, name, parameter, value in kept:  # of a quantized layer PEFT makes a new parameter
             base._parameters[name] = parameter
             with torch.no_grad():
                 parameter.copy_(value)
