@@ -17,6 +17,7 @@ import rlvr
 from rlvr.errors import ConfigError, SamplerDriftError
 from rlvr.testing.tiny import save_tiny
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers import vllm_weights
 
 if find_spec("vllm") is None:
     pytest.skip("vllm is not installed in this environment", allow_module_level=True)
@@ -49,21 +50,15 @@ def test_vllm_samples_from_the_policy_as_it_is_trained(tmp_path, dtype):
     assert [row["step"] for row in run.metrics() if "loss" in row] == [1, 2, 3]
 
 
-def test_a_vllm_that_gets_stale_weights_stops_the_run(tmp_path, monkeypatch):
+def test_a_vllm_that_does_not_get_the_adapters_stops_the_run(tmp_path, monkeypatch):
     """And another run of the process is told that it cannot start vLLM again."""
-    from trl.generation.vllm_generation import VLLMGeneration
-
-    own, first, calls = VLLMGeneration._iter_named_params, [], []
-
-    def as_they_were(self):
-        calls.append(self)  # kept: a vLLM that is collected would make room for the next
-        first.extend((name, value.detach().clone()) for name, value in own(self) if len(calls) == 1)
-        return iter(first)
-
-    monkeypatch.setattr(VLLMGeneration, "_iter_named_params", as_they_were)
+    first = []
+    own = vllm_weights.merge_apart
+    monkeypatch.setattr(vllm_weights, "merge_apart", lambda generation: first.append(generation) or own(generation))
+    monkeypatch.setattr(vllm_weights, "merged_weight", lambda layer: layer.base_layer.weight)
     with pytest.raises(SamplerDriftError, match="'vllm' does not sample from the policy"):
         train(tmp_path / "first", steps=12)
-    assert len(calls) > 1
+    assert first  # and kept: a vLLM that is collected would make room for the next
     with pytest.raises(ConfigError, match="isolate=True"):
         train(tmp_path / "second", steps=12)
 
