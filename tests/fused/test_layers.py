@@ -8,8 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from rlvr.fused.layers import FusedForwards, _Gated, _Rotary, fuse_layers, unfuse_layers
+from rlvr.fused.layers import FusedForwards, _Rotary, fuse_layers, unfuse_layers
 from rlvr.fused.lora import fuse_lora, unfuse_lora
+from rlvr.fused.mlp import Gated
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers.shared_prefix import SUPPORTED_MODEL_TYPES
 
@@ -104,7 +105,7 @@ def test_gradcheck(is_gelu):
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    assert torch.autograd.gradcheck(lambda *x: _Gated.apply(*x, is_gelu), (random(3, 4), random(3, 4)))
+    assert torch.autograd.gradcheck(lambda *x: Gated.apply(*x, is_gelu), (random(3, 4), random(3, 4)))
     cos, sin = random(1, 3, 4).detach(), random(1, 3, 4).detach()  # unlike halves: the backward is the transpose
     q, k = random(2, 2, 3, 4), random(2, 1, 3, 4)
     assert torch.autograd.gradcheck(lambda *x: _Rotary.apply(*x, cos, sin), (q, k))

@@ -73,10 +73,10 @@ def test_gradcheck():
 
     def outputs(x, a, b, second_a, second_b):
         layers = lora._Layer(weight, bias, a, b, 1.5), lora._Layer(second_weight, None, second_a, second_b, 0.5)
-        return lora._lora_products(x, lora._Together.of(layers, x.dtype))
+        return lora._lora_products(x, lora.Together.of(layers, x.dtype))
 
     def alone(x, a, b):
-        return lora._lora_products(x, lora._Together.of([lora._Layer(weight, bias, a, b, 1.5)], x.dtype))
+        return lora._lora_products(x, lora.Together.of([lora._Layer(weight, bias, a, b, 1.5)], x.dtype))
 
     free = [tensor.requires_grad_() for tensor in (x, a, b, second_a, second_b)]
     assert torch.autograd.gradcheck(alone, free[:3])
@@ -119,8 +119,8 @@ def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkey
     fuse_lora(model)
     blocks = model.get_base_model().config.num_hidden_layers
     counted = []
-    outputs = lora._outputs
-    monkeypatch.setattr(lora, "_outputs", lambda *args: counted.append(1) or outputs(*args))
+    outputs = lora.lora_outputs
+    monkeypatch.setattr(lora, "lora_outputs", lambda *args: counted.append(1) or outputs(*args))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     outputs_and_gradients(model)
     per_block = 4  # queries, keys and values; their output; gate and up; down
@@ -130,8 +130,8 @@ def test_checkpointing_does_not_compute_the_last_product_of_a_block_again(monkey
 def test_held_layers_decide_and_cast_once_and_hold_nothing_when_let_go(monkeypatch):
     model, peft = lora_model("llama")
     found = []
-    of = lora._Together.of
-    monkeypatch.setattr(lora._Together, "of", lambda layers, dtype: found.append(layers) or of(layers, dtype))
+    of = lora.Together.of
+    monkeypatch.setattr(lora.Together, "of", lambda layers, dtype: found.append(layers) or of(layers, dtype))
     model.gradient_checkpointing_enable({"use_reentrant": False})
     forwards = FusedForwards(model)
     groups = 4 * model.get_base_model().config.num_hidden_layers

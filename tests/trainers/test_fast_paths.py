@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
 
 from rlvr.fused.layers import _RmsNorm
-from rlvr.fused.lora import _Lora, _Together
+from rlvr.fused.lora import Together, _Lora
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 
@@ -207,8 +207,8 @@ def test_fused_layers_train_the_same_and_stay_out_of_everything_else(tmp_path, t
         trainer.save_model(str(tmp_path / str(fuses)))
         return trainer
 
-    found, of = [], _Together.of
-    monkeypatch.setattr(_Together, "of", lambda *args: found.append(1) or of(*args))
+    found, of = [], Together.of
+    monkeypatch.setattr(Together, "of", lambda *args: found.append(1) or of(*args))
     plain = train(False)
     assert not any(fused_calls.values())
     fused = train(True)

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
 
 from rlvr.fused import lora
+from rlvr.fused.mlp import Gated, checkpointed_mlp
 
 
 class NormStyle(NamedTuple):
@@ -85,34 +85,6 @@ class _RmsNorm(torch.autograd.Function):
         return grad_x, grad_weight, None, None
 
 
-class _Gated(torch.autograd.Function):
-    """act(gate)·up of rows (n, width)."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.is_gelu = is_gelu
-        if gate.is_cuda:
-            from rlvr.fused.kernels import gated
-
-            return gated(gate, up, gelu=is_gelu)
-        return (gelu(gate, approximate="tanh") if is_gelu else silu(gate)) * up
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        if gate.is_cuda:
-            from rlvr.fused.kernels import gated_backward
-
-            return *gated_backward(grad.contiguous(), gate, up, gelu=ctx.is_gelu), None
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = gelu(leaf, approximate="tanh") if ctx.is_gelu else silu(leaf)
-        (grad_gate,) = torch.autograd.grad(activated, leaf, (grad * up).to(activated.dtype))
-        return grad_gate, (grad * activated.detach()).to(up.dtype), None
-
-
 class _Rotary(torch.autograd.Function):
     """x·cos + rotate_half(x)·sin of q (B, H, N, D) and k (B, H_kv, N, D); cos and sin (B or 1, N, D)."""
 
@@ -165,8 +137,21 @@ class _NormForward(_Forward):
 
 
 class _GatedForward(_Forward):
+    """
+    Attributes:
+        checkpointed: whether its block is computed again in the backward pass.
+    """
+
+    checkpointed = False
+
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
+        if self.checkpointed and torch.is_grad_enabled():
+            gate_up, down = lora.computed_together(layer.gate_proj, x), lora.computed_together(layer.down_proj, x)
+            if gate_up is not None and len(gate_up.layers) == 2 and down is not None:
+                rows = x.reshape(-1, x.shape[-1]).to(gate_up.all_a.dtype)
+                output = checkpointed_mlp(rows, gate_up, down, is_tanh_gelu(layer.act_fn))
+                return output.view(*x.shape[:-1], output.shape[-1])
         return layer.down_proj(_gated(layer.gate_proj(x), layer.up_proj(x), layer.act_fn))
 
 
@@ -185,7 +170,7 @@ class _RotaryForward(_Forward):
 def _gated(gate: Tensor, up: Tensor, activation: nn.Module) -> Tensor:
     is_gelu = is_tanh_gelu(activation)
     rows = (x.reshape(-1, x.shape[-1]) for x in (gate, up))
-    return _Gated.apply(*rows, is_gelu).view(gate.shape)
+    return Gated.apply(*rows, is_gelu).view(gate.shape)
 
 
 @cache
@@ -240,15 +225,18 @@ class FusedForwards:
         unfuse_layers(model)
         lora.unfuse_lora(model)
 
-    def put_in(self, *, hold: bool = False) -> None:
+    def put_in(self, *, checkpointed: bool = False, hold: bool = False) -> None:
         """
         Args:
+            checkpointed: whether blocks are computed again in the backward pass.
             hold: LoRA layers hold what they find (`lora.hold`): no weight changes before these are taken out or put
                 in anew.
         """
         if hold:
             lora.hold(forward for _, forward in self._forwards)
         for module, forward in self._forwards:
+            if isinstance(forward, _GatedForward):
+                forward.checkpointed = checkpointed
             module.__dict__.setdefault("forward", forward)
 
     def take_out(self) -> None:

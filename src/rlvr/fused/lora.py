@@ -30,7 +30,7 @@ class _Layer(NamedTuple):
     scaling: float
 
 
-class _Together(NamedTuple):
+class Together(NamedTuple):
     """Linear layers that share an input, and their adapters as the products take them."""
 
     layers: Sequence[_Layer]
@@ -39,15 +39,19 @@ class _Together(NamedTuple):
 
     @classmethod
     @torch.no_grad()  # the products compute the gradients of A and B themselves
-    def of(cls, layers: Sequence[_Layer], dtype: torch.dtype) -> _Together:
+    def of(cls, layers: Sequence[_Layer], dtype: torch.dtype) -> Together:
         all_a = layers[0].a if len(layers) == 1 else torch.cat([layer.a for layer in layers])
         return cls(layers, all_a.to(dtype), [layer.b.to(dtype) for layer in layers])
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """x Aᵀ (n, Σr), the layers side by side."""
+        return x @ self.all_a.t()
 
-def _lora_products(x: Tensor, together: _Together) -> tuple[Tensor, ...]:
+
+def _lora_products(x: Tensor, together: Together) -> tuple[Tensor, ...]:
     """x (n, in), in the dtype of the adapters, → (n, out) for each layer."""
     with torch.no_grad():
-        hidden = x @ together.all_a.t()
+        hidden = together.hidden(x)
     adapters = [tensor for layer in together.layers for tensor in (layer.a, layer.b)]
     if len(together.layers) > 1:  # never the last of a block
         return _Lora.apply(x, hidden, together, *adapters)
@@ -73,7 +77,7 @@ class _LoraInput(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: _Together, *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: Together, *adapters: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, hidden)
         ctx.together = together
         return tuple(x.new_empty(()).expand(len(x), len(layer.weight)) for layer in together.layers)
@@ -82,30 +86,16 @@ class _LoraInput(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, hidden = ctx.saved_tensors
-        layers, all_a, every_b = ctx.together
-        ranks = _ranks(layers)
-        grad_hidden = torch.empty_like(hidden)
-        for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, every_b, layers, strict=True):
-            part.addmm_(grad, b, beta=0, alpha=layer.scaling)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad_hidden @ all_a
-            for grad, layer in zip(grads, layers, strict=True):
-                grad_x.addmm_(grad, layer.weight.to(grad.dtype))
-        grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
-        grad_b = [
-            _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
-            for grad, part, layer in zip(grads, hidden.split(ranks, 1), layers, strict=True)
-        ]
-        return grad_x, None, None, *(grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair)
+        grad_x, of_adapters = lora_gradients(x, hidden, ctx.together, grads, needs_x=ctx.needs_input_grad[0])
+        return grad_x, None, None, *of_adapters
 
 
 class _LoraOutput(torch.autograd.Function):
     """The outputs; their gradients go to `promised`."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: tuple[Tensor, Tensor, _Together], *promised: Tensor) -> tuple[Tensor, ...]:
-        return _outputs(*inputs)
+    def forward(ctx: Any, inputs: tuple[Tensor, Tensor, Together], *promised: Tensor) -> tuple[Tensor, ...]:
+        return lora_outputs(*inputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -117,13 +107,13 @@ class _Lora(_LoraInput):
     """Both in one, for layers that checkpointing computes again anyhow."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: _Together, *adapters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, x: Tensor, hidden: Tensor, together: Together, *adapters: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, hidden)
         ctx.together = together
-        return _outputs(x, hidden, together)
+        return lora_outputs(x, hidden, together)
 
 
-def _outputs(x: Tensor, hidden: Tensor, together: _Together) -> tuple[Tensor, ...]:
+def lora_outputs(x: Tensor, hidden: Tensor, together: Together) -> tuple[Tensor, ...]:
     layers = together.layers
     outputs = []
     for part, b, layer in zip(hidden.split(_ranks(layers), 1), together.every_b, layers, strict=True):
@@ -134,6 +124,32 @@ def _outputs(x: Tensor, hidden: Tensor, together: _Together) -> tuple[Tensor, ..
             output = torch.addmm(layer.bias, part, b.t(), alpha=layer.scaling)
         outputs.append(output.addmm_(x, layer.weight.to(x.dtype).t()))
     return tuple(outputs)
+
+
+def lora_gradients(
+    x: Tensor, hidden: Tensor, together: Together, grads: Sequence[Tensor], *, needs_x: bool = True
+) -> tuple[Any, list[Tensor]]:
+    """Of x (None unless `needs_x`), and of A, B, A, B, ... in the dtypes that they are trained in.
+
+    Args:
+        grads: of the layers' outputs, each (n, out).
+    """
+    layers, all_a, every_b = together
+    ranks = _ranks(layers)
+    grad_hidden = torch.empty_like(hidden)
+    for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, every_b, layers, strict=True):
+        part.addmm_(grad, b, beta=0, alpha=layer.scaling)
+    grad_x = None
+    if needs_x:
+        grad_x = grad_hidden @ all_a
+        for grad, layer in zip(grads, layers, strict=True):
+            grad_x.addmm_(grad, layer.weight.to(grad.dtype))
+    grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
+    grad_b = [
+        _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
+        for grad, part, layer in zip(grads, hidden.split(ranks, 1), layers, strict=True)
+    ]
+    return grad_x, [grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair]
 
 
 def _ranks(layers: Sequence[_Layer]) -> list[int]:
@@ -181,6 +197,15 @@ def _forward_of(module: nn.Module | None) -> _Forward | None:
     return forward if isinstance(forward, _Forward) else None
 
 
+def computed_together(module: Any, x: Tensor) -> Together | None:
+    """What a layer, and those it is computed together with, are now for inputs like x. None: PEFT computes it, or
+    somebody listens to it."""
+    forward = _forward_of(module)
+    if forward is None or any(_has_hooks(part.layer) for part in (forward, *forward.others)):
+        return None
+    return forward.together(x)
+
+
 class _Forward:
     """The forward of one layer. An object, so that in a copy of the model it belongs to the copied layer.
 
@@ -194,7 +219,7 @@ class _Forward:
         self.layer: Any = layer
         self.others: list[_Forward] = []
         self.ready: tuple[Tensor, bool, Tensor] | None = None
-        self.found: dict[tuple[torch.dtype, bool], _Together | None] | None = None
+        self.found: dict[tuple[torch.dtype, bool], Together | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "ready": None, "found": None}  # a copy holds nothing: nobody would let it go
@@ -205,7 +230,7 @@ class _Forward:
             return LoraLinear.forward(self.layer, x, *args, **kwargs)
         if ready is not None and ready[0] is x and ready[1] == torch.is_grad_enabled():
             return ready[2]
-        together = self._together(x)
+        together = self.together(x)
         if together is None:
             return LoraLinear.forward(self.layer, x)
         rows = x.reshape(-1, x.shape[-1]).to(together.all_a.dtype)
@@ -214,7 +239,7 @@ class _Forward:
             other.ready = (x, torch.is_grad_enabled(), output)
         return outputs[0]
 
-    def _together(self, x: Tensor) -> _Together | None:
+    def together(self, x: Tensor) -> Together | None:
         autocast = torch.is_autocast_enabled(x.device.type)
         key = (torch.get_autocast_dtype(x.device.type) if autocast else x.dtype), autocast
         found = {} if self.found is None else self.found
@@ -238,7 +263,7 @@ def let_go(forwards: Iterable[Any]) -> None:
             forward.found = None
 
 
-def _together(lora_layers: Sequence[Any], dtype: torch.dtype, autocast: bool) -> _Together | None:
+def _together(lora_layers: Sequence[Any], dtype: torch.dtype, autocast: bool) -> Together | None:
     """The layers, to be computed in `dtype`; None if one is now more than W, b, A and B, or of another dtype."""
     layers = []
     for lora_layer in lora_layers:
@@ -250,7 +275,7 @@ def _together(lora_layers: Sequence[Any], dtype: torch.dtype, autocast: bool) ->
             return None
         bias = None if base.bias is None else base.bias.to(dtype)
         layers.append(_Layer(base.weight, bias, a, b, lora_layer.scaling[name]))
-    return _Together.of(layers, dtype)
+    return Together.of(layers, dtype)
 
 
 def _only_adapter(layer: LoraLinear) -> str | None:
@@ -274,4 +299,8 @@ def is_plain_linear(module: Any) -> bool:
 
 def is_untouched(module: nn.Module) -> bool:
     """Nobody has put hooks on it, or a forward of its own."""
-    return not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    return not (_has_hooks(module) or "forward" in module.__dict__)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -145,7 +145,9 @@ class LogProbabilityMixin(_Base):
         chunk = batch_size or len(input_ids)
         logps, entropies = [], []
         if self._fused is not None:
-            self._fused.put_in(hold=self._steps)  # anew for every forward; its backward pass has the same weights
+            checkpointed = self._steps and self.args.gradient_checkpointing
+            # anew for every forward; its backward pass has the same weights
+            self._fused.put_in(checkpointed=checkpointed, hold=self._steps)
         for rows in (slice(start, start + chunk) for start in range(0, len(input_ids), chunk)):
             with self.accelerator.autocast():
                 of_chunk, entropies_of_chunk, packed = shared_prefix_logps(

@@ -1,0 +1,134 @@
+"""Gated MLPs: down(act(gate(x))·up(x)).
+
+The activation is one kernel, forward and backward. Where a block is checkpointed and all three projections have plain
+LoRA, the MLP is one function that keeps x alone. Checkpointing stops to compute a block again before it, and its
+backward pass computes gate and up again itself, without autograd and at most `ROWS` rows at a time: the same products,
+but the six rows of `intermediate` numbers that a token takes there are never all in memory, and the host, which a GPU
+waits for in short steps, has a third of the calls to make.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import gelu, silu
+
+from rlvr.fused.lora import Together, lora_gradients, lora_outputs
+
+ROWS = 8_192
+"""Enough for products that keep a GPU busy."""
+
+
+class Gated(torch.autograd.Function):
+    """act(gate)·up of rows (n, width)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.is_gelu = is_gelu
+        return _gated(gate, up, is_gelu)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return *_gated_backward(grad, gate, up, ctx.is_gelu), None
+
+
+def _gated(gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
+    if gate.is_cuda:
+        from rlvr.fused.kernels import gated
+
+        return gated(gate, up, gelu=is_gelu)
+    return (gelu(gate, approximate="tanh") if is_gelu else silu(gate)) * up
+
+
+def _gated_backward(grad: Tensor, gate: Tensor, up: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor]:
+    if gate.is_cuda:
+        from rlvr.fused.kernels import gated_backward
+
+        return gated_backward(grad.contiguous(), gate, up, gelu=is_gelu)
+    with torch.enable_grad():
+        leaf = gate.detach().requires_grad_()
+        activated = gelu(leaf, approximate="tanh") if is_gelu else silu(leaf)
+    (grad_gate,) = torch.autograd.grad(activated, leaf, (grad * up).to(activated.dtype))
+    return grad_gate, (grad * activated.detach()).to(up.dtype)
+
+
+def checkpointed_mlp(x: Tensor, gate_up: Together, down: Together, is_gelu: bool) -> Tensor:
+    """x (n, in), in the dtype of the adapters, → (n, out)."""
+    adapters = [adapter for layer in (*gate_up.layers, *down.layers) for adapter in (layer.a, layer.b)]
+    promised = _MlpInput.apply(x, gate_up, down, is_gelu, *adapters)
+    return _MlpOutput.apply((x, gate_up, down, is_gelu), promised)
+
+
+class _MlpInput(torch.autograd.Function):
+    """The backward pass, in two functions for the reason that `lora._LoraInput` gives: it saves what it needs, x,
+    before anything is computed.
+
+    Args:
+        adapters: A and B of gate, of up and of down, as they are trained.
+
+    Returns:
+        What `_MlpOutput` takes: a tensor of the output's shape that holds nothing, for its gradient to come back
+        through.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate_up: Together, down: Together, is_gelu: bool, *adapters: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.parts = gate_up, down, is_gelu
+        return x.new_empty(()).expand(len(x), len(down.layers[0].weight))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        of_adapters: list[Tensor] = []
+        for rows in _pieces(len(x)):
+            grad_x[rows], of_piece = _gradients(x[rows], grad[rows], *ctx.parts)
+            for total, more in zip(of_adapters, of_piece, strict=True) if of_adapters else ():
+                total += more
+            of_adapters = of_adapters or of_piece
+        return grad_x, None, None, None, *of_adapters
+
+
+class _MlpOutput(torch.autograd.Function):
+    """The output; its gradient goes to `promised`."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: tuple[Tensor, Together, Together, bool], promised: Tensor) -> Tensor:
+        x, gate_up, down, is_gelu = inputs
+        outputs = [_output(x[rows], gate_up, down, is_gelu) for rows in _pieces(len(x))]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, grad
+
+
+def _output(x: Tensor, gate_up: Together, down: Together, is_gelu: bool) -> Tensor:
+    gate, up = lora_outputs(x, gate_up.hidden(x), gate_up)
+    inner = _gated(gate, up, is_gelu)
+    return lora_outputs(inner, down.hidden(inner), down)[0]
+
+
+def _gradients(
+    x: Tensor, grad: Tensor, gate_up: Together, down: Together, is_gelu: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Of x, and of A and B of gate, of up and of down."""
+    hidden = gate_up.hidden(x)
+    gate, up = lora_outputs(x, hidden, gate_up)
+    inner = _gated(gate, up, is_gelu)
+    grad_inner, of_down = lora_gradients(inner, down.hidden(inner), down, [grad])
+    grad_x, of_gate_up = lora_gradients(x, hidden, gate_up, _gated_backward(grad_inner, gate, up, is_gelu))
+    return grad_x, of_gate_up + of_down
+
+
+def _pieces(count: int) -> list[slice]:
+    """At least one, of at most `ROWS` rows."""
+    return [slice(start, start + ROWS) for start in range(0, max(count, 1), ROWS)]

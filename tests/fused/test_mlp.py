@@ -1,0 +1,160 @@
+"""Gated MLPs of checkpointed blocks as one function, against PEFT's and the model's own layers."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from rlvr.fused import mlp
+from rlvr.fused.layers import FusedForwards
+from rlvr.fused.lora import Together, _Layer
+from rlvr.testing.tiny import tiny_model
+
+pytestmark = pytest.mark.both
+
+INPUT = torch.arange(3, 23).view(2, 10)
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def pair(architecture="llama", dtype=torch.float32, **options):
+    """A checkpointed model with LoRA on all projections, random A and B, and its fused forwards; an untouched copy."""
+    config = {"r": 4, "lora_alpha": 6, "target_modules": LINEAR, "task_type": "CAUSAL_LM", **options}
+    own = get_peft_model(tiny_model(architecture), LoraConfig(**config)).to(dtype).train()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in own.named_parameters():
+        if "lora_" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model = copy.deepcopy(own)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model, own, FusedForwards(model)
+
+
+def gradients(model, ids=INPUT):
+    model.zero_grad()
+    logits = model(input_ids=ids.to(model.device)).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(model.device)
+    (logits.float() * weights).mean().backward()
+    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Rows of every MLP that is one function, and of every piece of its backward pass."""
+    seen = {"forward": [], "backward": []}
+    whole, piece = mlp._MlpInput.apply, mlp._gradients
+    monkeypatch.setattr(mlp._MlpInput, "apply", lambda x, *rest: seen["forward"].append(len(x)) or whole(x, *rest))
+    monkeypatch.setattr(mlp, "_gradients", lambda x, *rest: seen["backward"].append(len(x)) or piece(x, *rest))
+    return seen
+
+
+@pytest.mark.parametrize("rows", [8, 20, mlp.ROWS], ids=["pieces", "exactly one", "one"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "olmo2"])  # gelu and norms afterwards too
+def test_equals_peft_in_float32(architecture, rows, calls, monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", rows)
+    model, own, forwards = pair(architecture)
+    forwards.put_in(checkpointed=True)
+    (logits, ours), (expected, theirs) = gradients(model), gradients(own)
+    blocks = model.get_base_model().config.num_hidden_layers
+    assert calls["forward"] == [20] * 2 * blocks  # and again in the backward pass
+    assert calls["backward"] == ([8, 8, 4] if rows == 8 else [20]) * blocks
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("is_gelu", [False, True])
+def test_gradcheck(is_gelu, monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", 2)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    weights, bias = (random(6, 4), random(6, 4), random(4, 6)), random(6)
+    shapes = ((2, 4), (6, 2)), ((1, 4), (6, 1)), ((3, 6), (4, 3))
+    adapters = [random(*shape) for pair in shapes for shape in pair]
+
+    def output(x, *adapters):
+        gate, up, down = (
+            _Layer(weight, bias if index == 0 else None, *adapters[2 * index : 2 * index + 2], 1.5 - index)
+            for index, weight in enumerate(weights)
+        )
+        parts = Together.of([gate, up], x.dtype), Together.of([down], x.dtype)
+        return mlp.checkpointed_mlp(x, *parts, is_gelu)
+
+    assert torch.autograd.gradcheck(output, [tensor.requires_grad_() for tensor in (random(5, 4), *adapters)])
+    assert output(random(0, 4), *adapters).shape == (0, 4)
+
+
+def test_a_block_keeps_the_input_alone_and_stops_before_its_mlp(monkeypatch):
+    """Products of the MLP: three in the forward; gate and up, and for gradients, in the backward pass. No fourth."""
+    model, _, forwards = pair()
+    forwards.put_in(checkpointed=True)
+    outputs = []
+    monkeypatch.setattr(mlp, "_output", lambda x, *rest, own=mlp._output: outputs.append(len(x)) or own(x, *rest))
+    gradients(model)
+    assert len(outputs) == model.get_base_model().config.num_hidden_layers
+
+    block = model.get_base_model().model.layers[0]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        block.mlp(torch.randn(1, 5, 32).requires_grad_())
+    assert [tensor.shape for tensor in kept] == [(5, 32)]
+
+
+def test_under_autocast_as_near_to_float32_as_peft(calls):
+    model, own, forwards = pair("qwen2")
+    _, truth = gradients(copy.deepcopy(own))
+    forwards.put_in(checkpointed=True, hold=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        (_, ours), (_, theirs) = gradients(model), gradients(own)
+    assert calls["backward"]
+    for name, gradient in truth.items():
+        assert ours[name].dtype == torch.float32
+        error, reference = ((g[name] - gradient).norm() / gradient.norm() for g in (ours, theirs))
+        assert error <= 2 * reference + 1e-3, name
+
+
+@pytest.mark.parametrize("case", ["not checkpointed", "no gradients", "hook", "no LoRA on up", "dropout", "disabled"])
+def test_else_the_layers_are_computed_one_by_one(case, calls):
+    options = {
+        "no LoRA on up": {"target_modules": [name for name in LINEAR if name != "up_proj"]},
+        "dropout": {"lora_dropout": 0.5},
+    }
+    model, own, forwards = pair(**options.get(case, {}))
+    heard = []
+    for m in (model, own):
+        for block in m.get_base_model().model.layers if case == "hook" else ():
+            block.mlp.up_proj.register_forward_hook(lambda *args: heard.append(1))
+    forwards.put_in(checkpointed=case != "not checkpointed")
+    results = []
+    for m in (model, own):
+        torch.manual_seed(0)
+        with m.disable_adapter() if case == "disabled" else torch.set_grad_enabled(case != "no gradients"):
+            results.append(m(input_ids=INPUT).logits)
+    assert not calls["forward"]
+    assert len(heard) == (2 * len(own.get_base_model().model.layers) if case == "hook" else 0)
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+# On a GPU.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, mlp.ROWS], ids=["pieces", "one"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
+def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_peft(architecture, rows, calls, monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", rows)
+    model, own, forwards = pair(architecture, torch.bfloat16)
+    ids = torch.randint(3, 250, (2, 100), generator=torch.Generator().manual_seed(2))
+    _, truth = gradients(copy.deepcopy(own).float().cuda(), ids)
+    forwards.put_in(checkpointed=True, hold=True)
+    (_, ours), (_, theirs) = gradients(model.cuda(), ids), gradients(own.cuda(), ids)
+    assert len(calls["backward"]) == -(-200 // rows) * model.get_base_model().config.num_hidden_layers
+    for name, gradient in truth.items():
+        error, reference = ((g[name].float() - gradient).norm() / gradient.norm() for g in (ours, theirs))
+        assert error <= 2 * reference + 1e-2, f"{name}: {error:.1e}, PEFT {reference:.1e}"
