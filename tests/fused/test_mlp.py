@@ -51,7 +51,7 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("rows", [8, 20, mlp.ROWS], ids=["pieces", "exactly one", "one"])
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma3_text", "olmo2"])  # gelu and norms afterwards too
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma"])  # with biases, and with gelu
 def test_equals_peft_in_float32(architecture, rows, calls, monkeypatch):
     monkeypatch.setattr(mlp, "ROWS", rows)
     model, own, forwards = pair(architecture)
@@ -106,6 +106,18 @@ def test_a_block_keeps_the_input_alone_and_stops_before_its_mlp(monkeypatch):
     assert [tensor.shape for tensor in kept] == [(5, 32)]
 
 
+@pytest.mark.parametrize("architecture", ["gemma3_text", "olmo2"])
+def test_an_mlp_that_a_norm_follows_is_computed_once_for_the_backward_pass(architecture, calls):
+    """The norm keeps its input, so checkpointing computes the MLP again: that is the only time."""
+    model, own, forwards = pair(architecture)
+    forwards.put_in(checkpointed=True)
+    (logits, ours), (expected, theirs) = gradients(model), gradients(own)
+    assert not calls["forward"]
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    for name, gradient in theirs.items():
+        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+
+
 def test_under_autocast_as_near_to_float32_as_peft(calls):
     model, own, forwards = pair("qwen2")
     _, truth = gradients(copy.deepcopy(own))
@@ -119,7 +131,19 @@ def test_under_autocast_as_near_to_float32_as_peft(calls):
         assert error <= 2 * reference + 1e-3, name
 
 
-@pytest.mark.parametrize("case", ["not checkpointed", "no gradients", "hook", "no LoRA on up", "dropout", "disabled"])
+CASES = [
+    "not checkpointed",
+    "no gradients",
+    "hook",
+    "backward hook",
+    "forward",
+    "no LoRA on up",
+    "dropout",
+    "disabled",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_else_the_layers_are_computed_one_by_one(case, calls):
     options = {
         "no LoRA on up": {"target_modules": [name for name in LINEAR if name != "up_proj"]},
@@ -127,17 +151,23 @@ def test_else_the_layers_are_computed_one_by_one(case, calls):
     }
     model, own, forwards = pair(**options.get(case, {}))
     heard = []
-    for m in (model, own):
-        for block in m.get_base_model().model.layers if case == "hook" else ():
-            block.mlp.up_proj.register_forward_hook(lambda *args: heard.append(1))
+    for up in (block.mlp.up_proj for m in (model, own) for block in m.get_base_model().model.layers):
+        if case == "hook":
+            up.register_forward_hook(lambda *args: heard.append(1))
+        elif case == "backward hook":
+            up.register_full_backward_hook(lambda *args: heard.append(1))
+        elif case == "forward":
+            up.forward = lambda x, up=up: 2 * type(up).forward(up, x)
     forwards.put_in(checkpointed=case != "not checkpointed")
     results = []
     for m in (model, own):
         torch.manual_seed(0)
         with m.disable_adapter() if case == "disabled" else torch.set_grad_enabled(case != "no gradients"):
             results.append(m(input_ids=INPUT).logits)
+        if case == "backward hook":
+            results[-1].sum().backward()
     assert not calls["forward"]
-    assert len(heard) == (2 * len(own.get_base_model().model.layers) if case == "hook" else 0)
+    assert len(heard) == (2 * len(own.get_base_model().model.layers) if case.endswith("hook") else 0)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
@@ -145,16 +175,40 @@ def test_else_the_layers_are_computed_one_by_one(case, calls):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("adapters", [torch.bfloat16, torch.float32], ids=["bfloat16", "autocast"])
 @pytest.mark.parametrize("rows", [64, mlp.ROWS], ids=["pieces", "one"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
-def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_peft(architecture, rows, calls, monkeypatch):
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_peft(architecture, rows, adapters, calls, monkeypatch):
     monkeypatch.setattr(mlp, "ROWS", rows)
     model, own, forwards = pair(architecture, torch.bfloat16)
+    for name, parameter in (*model.named_parameters(), *own.named_parameters()):
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapters)
     ids = torch.randint(3, 250, (2, 100), generator=torch.Generator().manual_seed(2))
     _, truth = gradients(copy.deepcopy(own).float().cuda(), ids)
     forwards.put_in(checkpointed=True, hold=True)
-    (_, ours), (_, theirs) = gradients(model.cuda(), ids), gradients(own.cuda(), ids)
+    with torch.autocast("cuda", torch.bfloat16, enabled=adapters is torch.float32):
+        (_, ours), (_, theirs) = gradients(model.cuda(), ids), gradients(own.cuda(), ids)
     assert len(calls["backward"]) == -(-200 // rows) * model.get_base_model().config.num_hidden_layers
     for name, gradient in truth.items():
         error, reference = ((g[name].float() - gradient).norm() / gradient.norm() for g in (ours, theirs))
         assert error <= 2 * reference + 1e-2, f"{name}: {error:.1e}, PEFT {reference:.1e}"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_an_update_takes_less_memory(monkeypatch):
+    monkeypatch.setattr(mlp, "ROWS", 1_024)
+    model = tiny_model(hidden_size=128, heads=4, kv_heads=2, intermediate_size=2_048)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=LINEAR, task_type="CAUSAL_LM")).to("cuda").train()
+    model = model.to(torch.bfloat16)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    forwards, peaks = FusedForwards(model), []
+    decoder, ids = model.get_base_model().get_decoder(), torch.zeros((16, 1_024), dtype=torch.long, device="cuda")
+    for checkpointed in (False, True, False, True):  # the first two compile kernels
+        forwards.put_in(checkpointed=checkpointed, hold=True)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        decoder(input_ids=ids).last_hidden_state.float().pow(2).mean().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        forwards.take_out()
+    assert peaks[3] < 0.6 * peaks[2]

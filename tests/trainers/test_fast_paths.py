@@ -11,6 +11,7 @@ from tests_support import grpo_config
 
 from rlvr.fused.layers import _RmsNorm
 from rlvr.fused.lora import Together, _Lora
+from rlvr.fused.mlp import _MlpInput
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 
@@ -144,7 +145,7 @@ def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
 def fused_calls(monkeypatch):
     """How often each fused function ran."""
     counts = {}
-    for function in (_RmsNorm, _Lora):
+    for function in (_RmsNorm, _Lora, _MlpInput):
         counts[function.__name__] = 0
 
         def apply(*args, own=function.apply, name=function.__name__):

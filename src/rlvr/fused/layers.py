@@ -43,6 +43,7 @@ GATED = frozenset(
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "SmolLM3", "Olmo2", "Olmo3", "Gemma", "Gemma3")
 )
 PAIRED = frozenset({"Phi3MLP", "Glm4MLP"})  # gate and up in one product
+NORMS_AFTER_MLP = frozenset({"post_feedforward_layernorm", "post_mlp_layernorm"})
 ROTARY = frozenset(
     f"{name}Attention"
     for name in ("Llama", "Qwen2", "Qwen3", "Mistral", "Granite", "SmolLM3", "Starcoder2", "Gemma", "Gemma3", "Phi3")
@@ -139,10 +140,11 @@ class _NormForward(_Forward):
 class _GatedForward(_Forward):
     """
     Attributes:
-        checkpointed: whether its block is computed again in the backward pass.
+        ends_block: whether nothing that keeps its input follows in its block.
+        checkpointed: whether its block is computed again in the backward pass, up to it.
     """
 
-    checkpointed = False
+    ends_block = checkpointed = False
 
     def __call__(self, x: Tensor) -> Tensor:
         layer = self.layer
@@ -200,6 +202,11 @@ def fuse_layers(model: nn.Module) -> int:
         kind = _forward_class(module)
         if kind is not None and "forward" not in module.__dict__:
             module.__dict__["forward"] = kind(module)
+    for block in model.modules():
+        mlp = block._modules.get("mlp")
+        forward = None if mlp is None else mlp.__dict__.get("forward")
+        if isinstance(forward, _GatedForward):
+            forward.ends_block = not NORMS_AFTER_MLP & block._modules.keys()
     return sum(isinstance(module.__dict__.get("forward"), _Forward) for module in model.modules())
 
 
@@ -236,7 +243,7 @@ class FusedForwards:
             lora.hold(forward for _, forward in self._forwards)
         for module, forward in self._forwards:
             if isinstance(forward, _GatedForward):
-                forward.checkpointed = checkpointed
+                forward.checkpointed = checkpointed and forward.ends_block
             module.__dict__.setdefault("forward", forward)
 
     def take_out(self) -> None:

@@ -198,12 +198,13 @@ def _forward_of(module: nn.Module | None) -> _Forward | None:
 
 
 def computed_together(module: Any, x: Tensor) -> Together | None:
-    """What a layer, and those it is computed together with, are now for inputs like x. None: PEFT computes it, or
-    somebody listens to it."""
+    """What a layer, and those it is computed together with, are now for inputs like x. None: PEFT computes one, or
+    somebody has put hooks on it, or a forward."""
     forward = _forward_of(module)
-    if forward is None or any(_has_hooks(part.layer) for part in (forward, *forward.others)):
+    if forward is None:
         return None
-    return forward.together(x)
+    ours = all(_forward_of(part.layer) is part and not _has_hooks(part.layer) for part in (forward, *forward.others))
+    return forward.together(x) if ours else None
 
 
 class _Forward:
@@ -303,4 +304,5 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
