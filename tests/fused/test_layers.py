@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fused_twins import INPUT, assert_same, outputs_and_gradients
 from peft import LoraConfig, get_peft_model
 
 from rlvr.fused.layers import FusedForwards, _Rotary, fuse_layers, unfuse_layers
@@ -16,7 +17,6 @@ from rlvr.trainers.shared_prefix import SUPPORTED_MODEL_TYPES
 
 pytestmark = pytest.mark.both
 
-INPUT = torch.arange(3, 23).view(2, 10)
 # Norms, gated activations and rotations in two layers, and the norm before the head.
 FUSED = {
     **dict.fromkeys(("llama", "qwen2", "mistral", "phi3", "granite", "smollm3", "gemma"), 2 * (2 + 1 + 1) + 1),
@@ -38,23 +38,6 @@ def pair(architecture, **options):
         if "norm" in name:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     return model, copy.deepcopy(model)
-
-
-def outputs_and_gradients(model, input_ids=INPUT):
-    model.zero_grad()
-    logits = model(input_ids=input_ids.to(model.device)).logits
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(model.device)
-    (logits.float() * weights).mean().backward()
-    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(model, own, *, value=1e-6, gradient=1e-5):
-    (logits, gradients), (expected, expected_gradients) = map(outputs_and_gradients, (model, own))
-    torch.testing.assert_close(logits, expected, rtol=value, atol=value * expected.abs().max().item())
-    assert gradients.keys() == expected_gradients.keys()
-    for name, wanted in expected_gradients.items():
-        error = (gradients[name] - wanted).norm() / wanted.norm().clamp(min=1e-8)
-        assert error < gradient, f"{name}: {error:.1e}"
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from fused_twins import INPUT, assert_same, outputs_and_gradients
 from peft import LoraConfig, get_peft_model
 
 from rlvr.fused import mlp
@@ -15,7 +16,6 @@ from rlvr.testing.tiny import tiny_model
 
 pytestmark = pytest.mark.both
 
-INPUT = torch.arange(3, 23).view(2, 10)
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -30,14 +30,6 @@ def pair(architecture="llama", dtype=torch.float32, **options):
     model = copy.deepcopy(own)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, own, FusedForwards(model)
-
-
-def gradients(model, ids=INPUT):
-    model.zero_grad()
-    logits = model(input_ids=ids.to(model.device)).logits
-    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1)).to(model.device)
-    (logits.float() * weights).mean().backward()
-    return logits, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture
@@ -56,14 +48,10 @@ def test_equals_peft_in_float32(architecture, rows, calls, monkeypatch):
     monkeypatch.setattr(mlp, "ROWS", rows)
     model, own, forwards = pair(architecture)
     forwards.put_in(checkpointed=True)
-    (logits, ours), (expected, theirs) = gradients(model), gradients(own)
+    assert_same(model, own, value=1e-5)
     blocks = model.get_base_model().config.num_hidden_layers
     assert calls["forward"] == [20] * 2 * blocks  # and again in the backward pass
     assert calls["backward"] == ([8, 8, 4] if rows == 8 else [20]) * blocks
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    assert ours.keys() == theirs.keys()
-    for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 @pytest.mark.parametrize("is_gelu", [False, True])
@@ -96,7 +84,7 @@ def test_a_block_keeps_the_input_alone_and_stops_before_its_mlp(monkeypatch):
     forwards.put_in(checkpointed=True)
     outputs = []
     monkeypatch.setattr(mlp, "_output", lambda x, *rest, own=mlp._output: outputs.append(len(x)) or own(x, *rest))
-    gradients(model)
+    outputs_and_gradients(model)
     assert len(outputs) == model.get_base_model().config.num_hidden_layers
 
     block = model.get_base_model().model.layers[0]
@@ -111,19 +99,16 @@ def test_an_mlp_that_a_norm_follows_is_computed_once_for_the_backward_pass(archi
     """The norm keeps its input, so checkpointing computes the MLP again: that is the only time."""
     model, own, forwards = pair(architecture)
     forwards.put_in(checkpointed=True)
-    (logits, ours), (expected, theirs) = gradients(model), gradients(own)
+    assert_same(model, own, value=1e-5)
     assert not calls["forward"]
-    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-    for name, gradient in theirs.items():
-        assert (ours[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
 
 
 def test_under_autocast_as_near_to_float32_as_peft(calls):
     model, own, forwards = pair("qwen2")
-    _, truth = gradients(copy.deepcopy(own))
+    _, truth = outputs_and_gradients(copy.deepcopy(own))
     forwards.put_in(checkpointed=True, hold=True)
     with torch.autocast("cpu", torch.bfloat16):
-        (_, ours), (_, theirs) = gradients(model), gradients(own)
+        (_, ours), (_, theirs) = outputs_and_gradients(model), outputs_and_gradients(own)
     assert calls["backward"]
     for name, gradient in truth.items():
         assert ours[name].dtype == torch.float32
@@ -185,10 +170,10 @@ def test_on_a_gpu_in_bfloat16_as_near_to_float32_as_peft(architecture, rows, ada
         if "lora_" in name:
             parameter.data = parameter.data.to(adapters)
     ids = torch.randint(3, 250, (2, 100), generator=torch.Generator().manual_seed(2))
-    _, truth = gradients(copy.deepcopy(own).float().cuda(), ids)
+    _, truth = outputs_and_gradients(copy.deepcopy(own).float().cuda(), ids)
     forwards.put_in(checkpointed=True, hold=True)
     with torch.autocast("cuda", torch.bfloat16, enabled=adapters is torch.float32):
-        (_, ours), (_, theirs) = gradients(model.cuda(), ids), gradients(own.cuda(), ids)
+        (_, ours), (_, theirs) = outputs_and_gradients(model.cuda(), ids), outputs_and_gradients(own.cuda(), ids)
     assert len(calls["backward"]) == -(-200 // rows) * model.get_base_model().config.num_hidden_layers
     for name, gradient in truth.items():
         error, reference = ((g[name].float() - gradient).norm() / gradient.norm() for g in (ours, theirs))
