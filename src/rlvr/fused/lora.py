@@ -114,6 +114,7 @@ class _Lora(_LoraInput):
 
 
 def lora_outputs(x: Tensor, hidden: Tensor, together: Together) -> tuple[Tensor, ...]:
+    """x Wᵀ + b + s · hidden Bᵀ of each layer, (n, out). `hidden`: of `together.hidden(x)`."""
     layers = together.layers
     outputs = []
     for part, b, layer in zip(hidden.split(_ranks(layers), 1), together.every_b, layers, strict=True):
