@@ -3,7 +3,8 @@
 #   benchmarks/gpu.sh OUT            all
 #   benchmarks/gpu.sh OUT peers      ours beside the peers
 #   benchmarks/gpu.sh OUT overhead   our layer on Unsloth's trainer beside a script of Unsloth's own
-#   benchmarks/gpu.sh OUT sizes      larger groups, a larger model, the engine alone
+#   benchmarks/gpu.sh OUT sizes      larger groups, a larger model
+#   benchmarks/gpu.sh OUT engine     rollouts alone, with and without compilation
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
 # OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About six,
 # five, five and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs
@@ -31,15 +32,18 @@ overhead() {
 }
 
 sizes() {
-  step sizes --shape 1.5b --peers rlvr --group-size 8 32 --steps 6
+  step sizes --shape 1.5b --peers rlvr --group-size 32 --steps 6
   step sizes --shape 7b --peers rlvr --steps 4
+}
+
+engine() {
   python3 benchmarks/rollout_engine.py --shape 1.5b --compile off on | grep '^{' > "$out/rollout.jsonl"
 }
 
 checks() { # at the same time: nothing of them is timed
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2
   for backend in hf unsloth; do
-    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 4 \
+    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs $(( $(nproc) / 4 )) \
       > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do
@@ -51,7 +55,7 @@ checks() { # at the same time: nothing of them is timed
 step() { python3 benchmarks/step.py --models "$models" --out "$out/$1.jsonl" "${@:2}" >> "$out/$1.txt" 2>&1; }
 
 case $what in
-  all) peers; overhead; sizes; checks ;;
-  peers | overhead | sizes | checks) $what ;;
-  *) echo "$0: $what is not known; allowed: peers, overhead, sizes, checks, or nothing for all." >&2; exit 2 ;;
+  all) peers; overhead; sizes; engine; checks ;;
+  peers | overhead | sizes | engine | checks) $what ;;
+  *) echo "$0: $what is not known; allowed: peers, overhead, sizes, engine, checks, or nothing for all." >&2; exit 2 ;;
 esac
