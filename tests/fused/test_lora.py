@@ -84,6 +84,21 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *free: outputs(*free)[1], free)  # the first without a gradient
 
 
+def test_the_gradient_of_the_input_takes_its_place_if_asked_for():
+    generator = torch.Generator().manual_seed(0)
+    x, weight, a, b, grad = (
+        torch.randn(shape, generator=generator) for shape in ((5, 6), (4, 6), (2, 6), (4, 2), (5, 4))
+    )
+    together = lora.Together.of([lora._Layer(weight, None, a, b, 1.5)], torch.float32)
+    hidden = together.hidden(x)
+    expected, of_adapters = lora.lora_gradients(x, hidden, together, [grad])
+    assert expected.data_ptr() != x.data_ptr()
+    in_place, also_of_adapters = lora.lora_gradients(x, hidden, together, [grad], in_place=True)
+    assert in_place is x
+    assert torch.equal(in_place, expected)
+    assert all(map(torch.equal, also_of_adapters, of_adapters))
+
+
 @pytest.mark.parametrize("shape", [(0, 32), (2, 0, 32)])
 def test_an_input_without_rows_has_an_output_without_rows(shape):
     model, peft = lora_model("llama")

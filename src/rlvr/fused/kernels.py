@@ -124,9 +124,14 @@ def gated(gate: Tensor, up: Tensor, *, gelu: bool) -> Tensor:
     return y
 
 
-def gated_backward(grad: Tensor, gate: Tensor, up: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+def gated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, *, gelu: bool, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of gate and up; `in_place`: over these, which are contiguous."""
     rows, width = gate.shape
-    grad_gate, grad_up = (torch.empty(rows, width, dtype=t.dtype, device=t.device) for t in (gate, up))
+    grad_gate, grad_up = (
+        t if in_place else torch.empty(rows, width, dtype=t.dtype, device=t.device) for t in (gate, up)
+    )
     _gated_backward[_gated_grid(rows, width)](
         grad, gate, up, grad_gate, grad_up, width, gate.stride(0), up.stride(0),
         GELU=gelu, SLOPE=GELU_SLOPE, CUBIC=GELU_CUBIC, BLOCK=1024,

@@ -128,28 +128,35 @@ def lora_outputs(x: Tensor, hidden: Tensor, together: Together) -> tuple[Tensor,
 
 
 def lora_gradients(
-    x: Tensor, hidden: Tensor, together: Together, grads: Sequence[Tensor], *, needs_x: bool = True
+    x: Tensor,
+    hidden: Tensor,
+    together: Together,
+    grads: Sequence[Tensor],
+    *,
+    needs_x: bool = True,
+    in_place: bool = False,
 ) -> tuple[Any, list[Tensor]]:
     """Of x (None unless `needs_x`), and of A, B, A, B, ... in the dtypes that they are trained in.
 
     Args:
         grads: of the layers' outputs, each (n, out).
+        in_place: the gradient of x takes the memory of x.
     """
     layers, all_a, every_b = together
     ranks = _ranks(layers)
     grad_hidden = torch.empty_like(hidden)
     for part, grad, b, layer in zip(grad_hidden.split(ranks, 1), grads, every_b, layers, strict=True):
         part.addmm_(grad, b, beta=0, alpha=layer.scaling)
-    grad_x = None
-    if needs_x:
-        grad_x = grad_hidden @ all_a
-        for grad, layer in zip(grads, layers, strict=True):
-            grad_x.addmm_(grad, layer.weight.to(grad.dtype))
     grad_a = (grad_hidden.t() @ x).to(layers[0].a.dtype).split(ranks)
     grad_b = [
         _scaled_product(grad.t(), part, layer.scaling).to(layer.b.dtype)
         for grad, part, layer in zip(grads, hidden.split(ranks, 1), layers, strict=True)
     ]
+    grad_x = None
+    if needs_x:
+        grad_x = torch.mm(grad_hidden, all_a, out=x if in_place else None)
+        for grad, layer in zip(grads, layers, strict=True):
+            grad_x.addmm_(grad, layer.weight.to(grad.dtype))
     return grad_x, [grad for pair in zip(grad_a, grad_b, strict=True) for grad in pair]
 
 

@@ -46,11 +46,14 @@ def _activated(gate: Tensor, up: Tensor, is_gelu: bool) -> Tensor:
     return (gelu(gate, approximate="tanh") if is_gelu else silu(gate)) * up
 
 
-def _activated_backward(grad: Tensor, gate: Tensor, up: Tensor, is_gelu: bool) -> tuple[Tensor, Tensor]:
+def _activated_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, is_gelu: bool, *, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`in_place`: the gradients may take the memory of gate and up, which on CUDA they do."""
     if gate.is_cuda:
         from rlvr.fused.kernels import gated_backward
 
-        return gated_backward(grad.contiguous(), gate, up, gelu=is_gelu)
+        return gated_backward(grad.contiguous(), gate, up, gelu=is_gelu, in_place=in_place)
     with torch.enable_grad():
         leaf = gate.detach().requires_grad_()
         activated = gelu(leaf, approximate="tanh") if is_gelu else silu(leaf)
@@ -120,13 +123,15 @@ def _output(x: Tensor, gate_up: Together, down: Together, is_gelu: bool) -> Tens
 def _gradients(
     x: Tensor, grad: Tensor, gate_up: Together, down: Together, is_gelu: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Of x, and of A and B of gate, of up and of down."""
+    """Of x, and of A and B of gate, of up and of down. On CUDA three rows of `intermediate` numbers a token are in
+    memory at most: gate, up and what is between them and down, each of which its gradient takes the place of."""
     hidden = gate_up.hidden(x)
     gate, up = lora_outputs(x, hidden, gate_up)
     inner = _activated(gate, up, is_gelu)
-    grad_inner, of_down = lora_gradients(inner, down.hidden(inner), down, [grad])
-    del inner
-    grad_x, of_gate_up = lora_gradients(x, hidden, gate_up, _activated_backward(grad_inner, gate, up, is_gelu))
+    inner, of_down = lora_gradients(inner, down.hidden(inner), down, [grad], in_place=True)
+    grads = _activated_backward(inner, gate, up, is_gelu, in_place=True)
+    del inner, gate, up
+    grad_x, of_gate_up = lora_gradients(x, hidden, gate_up, grads)
     return grad_x, of_gate_up + of_down
 
 
