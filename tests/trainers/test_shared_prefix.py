@@ -451,6 +451,52 @@ def test_parity_with_attention_in_two_parts(architecture, plain_flash):
     assert set(plain_flash) == {"split_flash"}
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_attention_that_is_kept_is_computed_once(plain_flash, monkeypatch, reentrant):
+    """Its gradients are those of attention that is computed again, bit for bit; also of two forwards at a time."""
+    forwards, ways = [], {}
+    own = flash.varlen_forward
+    monkeypatch.setattr(flash, "varlen_forward", lambda *args, **kw: forwards.append(1) or own(*args, **kw))
+    monkeypatch.setattr(attention, "free_on_gpu", lambda device: 2**40)
+    for keep in (False, True):
+        _, model = prepare(tiny_model(), checkpointing=True)
+        if reentrant:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+            model.enable_input_require_grads()
+        passes = [
+            shared_prefix_logps(model, *batch, compute_entropy=True, keep_attention=keep)[:2]
+            for batch in (ragged_batch(), even_batch())
+        ]
+        logps, entropies = (torch.cat([values.flatten() for values in part]) for part in zip(*passes, strict=True))
+        ways[keep] = logps, gradients(model, logps, entropies), len(forwards)
+        forwards.clear()
+    calls = 2 * 2 * tiny_model().config.num_hidden_layers  # two forwards, of two calls of the kernel a layer
+    assert (ways[False][2], ways[True][2]) == (2 * calls, calls)
+    assert torch.equal(ways[True][0], ways[False][0])
+    assert ways[False][1]
+    for name, gradient in ways[False][1].items():
+        assert torch.equal(ways[True][1][name], gradient), name
+
+
+def test_attention_is_kept_where_it_takes_a_quarter_of_the_free_memory(plain_flash, monkeypatch):
+    layouts = []
+    _, model = prepare(tiny_model(layers=3, hidden_size=32, heads=4, kv_heads=2), checkpointing=True)
+    monkeypatch.setattr(
+        attention,
+        "tree_attention",
+        lambda *args, own=tree_attention, **kw: layouts.append(args[3]) or own(*args, **kw),
+    )
+    batch = ragged_batch()
+    needed = pack_rows(*batch).packed_tokens * 3 * 4 * (8 * 4 + 4)  # tokens, layers, heads; float32 numbers and a sum
+    for free, asked, kept in ((4 * needed, True, True), (4 * needed - 1, True, False), (4 * needed, False, False)):
+        monkeypatch.setattr(attention, "free_on_gpu", lambda device, free=free: free)
+        shared_prefix_logps(model, *batch, keep_attention=asked)
+        assert all((layout.kept is not None) == kept for layout in layouts[-3:])
+    shared_prefix_logps(model, *batch, flash=False, keep_attention=True)  # nothing is asked for that no kernel gives
+    assert layouts[-1].kept is None
+    assert len(layouts) == 4 * 3
+
+
 def test_a_window_that_cuts_a_prompt_takes_the_other_way(plain_flash, monkeypatch):
     monkeypatch.setattr(flash, "varlen_flash", lambda query, *args, **kwargs: query)
     groups = pack_rows(*ragged_batch()).groups

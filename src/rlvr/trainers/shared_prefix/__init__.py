@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr.trainers.shared_prefix.attention import TreeLayout, disable, enable
+from rlvr.trainers.shared_prefix.attention import TreeLayout, disable, enable, room_to_keep
 from rlvr.trainers.shared_prefix.packing import PackedRows, group_order, pack_rows
 from rlvr.trainers.shared_prefix.support import SUPPORTED_MODEL_TYPES, unsupported_reason, unwrap
 
@@ -36,6 +36,7 @@ def shared_prefix_logps(
     *,
     compute_entropy: bool = False,
     flash: bool = True,
+    keep_attention: bool = False,
 ) -> tuple[Tensor, Tensor | None, PackedRows]:
     """Per-token log-probabilities of completions, each distinct prompt computed once.
 
@@ -50,13 +51,20 @@ def shared_prefix_logps(
         completion_columns: C, TRL's `logits_to_keep`.
         compute_entropy: also the entropies; the fused head must have been asked for them.
         flash: on CUDA in half precision, use the variable-length flash kernel; False: SDPA group by group.
+        keep_attention: checkpointed blocks, which are computed again in the backward pass, take the kernel's output
+            from the first time, if there is room for all of them (`room_to_keep`).
 
     Returns:
         Log-probabilities (B, C) and entropies (B, C) or None, both float32, in nats, zero where there is no
         token; and the packed rows, which know how many tokens were saved.
     """
-    enable(unwrap(model))
+    base = unwrap(model)
+    enable(base)
     packed = pack_rows(input_ids, attention_mask, completion_columns)
+    layout = TreeLayout.of(packed.groups, input_ids.device, use_flash=flash)
+    if keep_attention and layout.use_flash:
+        keep_attention = room_to_keep(base.config, packed.packed_tokens, base.dtype, input_ids.device)
+        layout = layout.keeping() if keep_attention else layout
     outputs = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
@@ -66,7 +74,7 @@ def shared_prefix_logps(
         attention_mask=torch.ones((1, 1, 0, 0), dtype=torch.bool, device=input_ids.device),
         shift_labels=packed.labels,
         fused_lm_head=True,
-        shared_prefix=TreeLayout.of(packed.groups, input_ids.device, use_flash=flash),
+        shared_prefix=layout,
     )
     shape = (len(input_ids), completion_columns)
     logps = packed.unpack(outputs.log_probs, *shape)

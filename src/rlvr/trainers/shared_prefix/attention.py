@@ -8,7 +8,7 @@ with gradient checkpointing, layers are computed again in the backward pass, aft
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +18,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlvr.fused import flash
+from rlvr.rollout.grouped.weights import free_on_gpu
 from rlvr.trainers.shared_prefix.packing import Group
-from rlvr.trainers.shared_prefix.split_flash import Split, split_flash
+from rlvr.trainers.shared_prefix.split_flash import Kept, Split, split_flash
 
 SUFFIX = "+shared_prefix"
+SHARE = 4  # of the free memory, as for activations without checkpointing
 
 
 @dataclass(frozen=True)
@@ -30,15 +32,21 @@ class TreeLayout:
 
     Attributes:
         use_flash: the variable-length flash kernel (CUDA, half precision) rather than SDPA by group.
+        kept: what the kernel gave in each layer, for when a checkpointed block is computed again; None: not kept.
     """
 
     groups: tuple[Group, ...]
     device: torch.device
     use_flash: bool
+    kept: Kept | None = None
 
     @classmethod
     def of(cls, groups: tuple[Group, ...], device: torch.device, *, use_flash: bool = True) -> TreeLayout:
         return cls(groups, device, use_flash and device.type == "cuda")
+
+    def keeping(self) -> TreeLayout:
+        """For one forward and its backward pass: a layout that keeps what the kernel gives."""
+        return replace(self, kept={})
 
     @property
     def longest(self) -> int:
@@ -75,6 +83,18 @@ class TreeLayout:
         long."""
         pairs = [_branch_index(group) for group in self.groups]
         return [(None, None) if pair is None else (pair[0].to(self.device), pair[1].to(self.device)) for pair in pairs]
+
+
+def room_to_keep(config: Any, tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether what the kernel gives for so many tokens in all layers takes at most a quarter of the free memory.
+
+    Args:
+        config: of the transformers model.
+    """
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    needed = tokens * heads * config.num_hidden_layers * (width * dtype.itemsize + 4)  # and a sum in float32
+    return needed * SHARE <= free_on_gpu(device)
 
 
 def _branch_index(group: Group) -> tuple[Tensor, Tensor] | None:
@@ -114,6 +134,7 @@ def enable(model: Any) -> None:
             key,
             value,
             shared_prefix,
+            layer=module,
             scale=kwargs["scaling"],
             sliding_window=kwargs.get("sliding_window"),
         )
@@ -135,12 +156,14 @@ def tree_attention(
     value: Tensor,
     layout: TreeLayout,
     *,
+    layer: object = None,
     scale: float,
     sliding_window: int | None = None,
 ) -> Tensor:
     """Attention of a packed row.
 
     Args:
+        layer: whose attention it is, for `layout.kept`.
         query: (1, H, N, D), rotated.
         key, value: (1, H_kv, N, D).
         sliding_window: how many keys, itself included, a token sees; None: all before it.
@@ -155,7 +178,7 @@ def tree_attention(
     if layout.use_flash and flash.takes(query):
         query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         if window is None:
-            return split_flash(query, key, value, layout.split, scale=scale)[None]
+            return split_flash(query, key, value, layout.split, scale=scale, kept=layout.kept, layer=layer)[None]
         return _repeated_flash(query, key, value, *layout.segments, scale=scale, window=window)[None]
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)

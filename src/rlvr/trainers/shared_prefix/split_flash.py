@@ -22,6 +22,7 @@ from rlvr.fused import flash
 from rlvr.trainers.shared_prefix.packing import Group
 
 Span = tuple[int, int]  # first row, and the one after the last
+Kept = dict[object, tuple[Tensor, Tensor]]  # by layer: output (N, H, D) and log-sum-exp (H, N)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,32 +66,59 @@ class Split:
         return cls(own, shared)
 
 
-def split_flash(query: Tensor, key: Tensor, value: Tensor, split: Split, *, scale: float) -> Tensor:
+def split_flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    split: Split,
+    *,
+    scale: float,
+    kept: Kept | None = None,
+    layer: object = None,
+) -> Tensor:
     """
     Args:
         query: (N, H, D), rotated. `key`, `value`: (N, H_kv, D).
+        kept: where the first computation of a layer is kept for the second, which takes it from there.
 
     Returns:
         (N, H, D). Each part of it, and of a gradient, is rounded, and then their sum.
     """
-    return _SplitFlash.apply(query, key, value, split, scale)
+    return _SplitFlash.apply(query, key, value, split, scale, kept, layer)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, split: Split, scale: float) -> tuple[Tensor, Tensor]:
+    output, logsumexp = flash.varlen_forward(query, key, value, split.own, scale=scale, causal=True)
+    if split.shared is not None:
+        shared = split.shared
+        part, part_logsumexp = flash.varlen_forward(
+            _rows(query, shared.branches),
+            _rows(key, shared.trunks),
+            _rows(value, shared.trunks),
+            shared.segments,
+            scale=scale,
+            causal=False,
+        )
+        flash.join(output, logsumexp, shared.branch_rows, part, part_logsumexp)
+    return output, logsumexp
 
 
 class _SplitFlash(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, split: Split, scale: float) -> Tensor:
-        output, logsumexp = flash.varlen_forward(query, key, value, split.own, scale=scale, causal=True)
-        if split.shared is not None:
-            shared = split.shared
-            part, part_logsumexp = flash.varlen_forward(
-                _rows(query, shared.branches),
-                _rows(key, shared.trunks),
-                _rows(value, shared.trunks),
-                shared.segments,
-                scale=scale,
-                causal=False,
-            )
-            flash.join(output, logsumexp, shared.branch_rows, part, part_logsumexp)
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        split: Split,
+        scale: float,
+        kept: Kept | None,
+        layer: object,
+    ) -> Tensor:
+        found = None if kept is None else kept.pop(layer, None)
+        output, logsumexp = found or _attend(query, key, value, split, scale)
+        if kept is not None and found is None:
+            kept[layer] = output.detach(), logsumexp
         ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.split, ctx.scale = split, scale
         return output
@@ -117,7 +145,7 @@ class _SplitFlash(torch.autograd.Function):
             of_query_key_value = shared.branches, shared.trunks, shared.trunks
             for whole, part, spans in zip(grads, parts, of_query_key_value, strict=True):
                 torch._foreach_add_([whole[slice(*span)] for span in spans], list(part.split(_lengths(spans))))
-        return *grads, None, None
+        return *grads, None, None, None, None
 
 
 def _rows(tensor: Tensor, spans: Sequence[Span]) -> Tensor:
