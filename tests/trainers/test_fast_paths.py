@@ -8,12 +8,13 @@ import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
+from transformers import PreTrainedModel
 
 from rlvr.fused.layers import _RmsNorm
 from rlvr.fused.lora import Together, _Lora
 from rlvr.fused.mlp import _MlpInput
 from rlvr.testing.tiny import tiny_model
-from rlvr.trainers import EnhancedGRPOTrainer
+from rlvr.trainers import EnhancedGRPOTrainer, shared_prefix
 
 pytestmark = pytest.mark.both
 
@@ -94,6 +95,78 @@ def test_full_fine_tuning_equals_trls(tmp_path, tokenizer):
     config = {"learning_rate": 0.05}
     ours = run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", config=config)
     assert_same_run(ours, run(trl.GRPOTrainer, tmp_path, tokenizer, config=config))
+
+
+def test_checkpointing_is_switched_off_and_on_without_walks_over_the_model(tmp_path, tokenizer, monkeypatch):
+    switched, states = [], []
+
+    def checkpointed(trainer):
+        return [m.gradient_checkpointing for m in trainer.model.modules() if hasattr(m, "gradient_checkpointing")]
+
+    for name in ("gradient_checkpointing_enable", "gradient_checkpointing_disable"):
+        own = getattr(PreTrainedModel, name)
+        monkeypatch.setattr(
+            PreTrainedModel, name, lambda *args, _own=own, **kwargs: switched.append(1) or _own(*args, **kwargs)
+        )
+
+    class Heard(EnhancedGRPOTrainer):
+        def _prepare_inputs(self, inputs):
+            if not states:
+                switched.clear()  # when training begins it may be
+            return super()._prepare_inputs(inputs)
+
+        def _calculate_rewards(self, *args):
+            states.append(("scoring", any(checkpointed(self))))
+            return super()._calculate_rewards(*args)
+
+        def compute_loss(self, *args, **kwargs):
+            states.append(("loss", all(checkpointed(self))))
+            return super().compute_loss(*args, **kwargs)
+
+    config = {"gradient_checkpointing": True, "max_steps": 2}
+    run(Heard, tmp_path, tokenizer, peft_config=lora(), rollout_func=None, config=config)
+    assert states == [("scoring", False), *[("loss", True)] * 3] * 2
+    assert not switched
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_attention_is_kept_for_the_backward_pass_of_checkpointed_blocks_alone(
+    tmp_path, tokenizer, monkeypatch, checkpoints
+):
+    kept = []
+    logps = shared_prefix.shared_prefix_logps
+
+    def heard(*args, **options):
+        kept.append(options["keep_attention"])
+        return logps(*args, **options)
+
+    monkeypatch.setattr(shared_prefix, "shared_prefix_logps", heard)
+    config = {"gradient_checkpointing": checkpoints, "max_steps": 1, "beta": 0.1}
+    run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", peft_config=lora(), config=config)
+    assert kept == [False] * 3 + [checkpoints] * 3  # of the reference, and of the micro-batches
+
+
+def test_prompts_reach_trl_as_arrays_once_for_their_group(tmp_path, tokenizer):
+    class Heard(EnhancedGRPOTrainer):
+        def _generate(self, prompts):
+            output = super()._generate(prompts)
+            heard.append(output[0])
+            return output
+
+    def of_tensors(prompts, trainer):
+        rollouts = scripted(prompts, trainer)
+        return rollouts | {"prompt_ids": [torch.tensor(ids) for ids in rollouts["prompt_ids"]]}
+
+    heard, runs = [], []
+    for rollout_func in (scripted, of_tensors):
+        runs.append(run(Heard, tmp_path, tokenizer, rollout_func=rollout_func, config={"max_steps": 1}))
+    arrays, tensors = heard
+    assert [array.tolist() for array in arrays] == [tensor.tolist() for tensor in tensors]
+    assert {type(array).__name__ for array in arrays} == {"ndarray"}
+    assert len({id(array) for array in arrays}) == len({str(array) for array in arrays}) == 2
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors)  # what is no list is given on as it is
+    for mine, other in zip(trained(runs[0]), trained(runs[1]), strict=True):
+        assert torch.equal(mine, other)
 
 
 def assert_same_run(ours, theirs):

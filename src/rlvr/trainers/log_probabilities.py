@@ -27,6 +27,7 @@ class LogProbabilityMixin(_Base):
     """The part of the trainer that runs the training forward. `super()` is TRL's trainer."""
 
     _buffered_inputs: Any
+    _checkpointable: list[Any] | None = None  # modules in which gradient checkpointing is switched on and off
 
     def _takes_own_reference(self, args: Any) -> bool:
         """Whether the reference is a snapshot of the trainable parameters, rather than what TRL would build.
@@ -144,14 +145,19 @@ class LogProbabilityMixin(_Base):
 
         chunk = batch_size or len(input_ids)
         logps, entropies = [], []
+        checkpointed = self._steps and self.args.gradient_checkpointing
         if self._fused is not None:
-            checkpointed = self._steps and self.args.gradient_checkpointing
             # anew for every forward; its backward pass has the same weights
             self._fused.put_in(checkpointed=checkpointed, hold=self._steps)
         for rows in (slice(start, start + chunk) for start in range(0, len(input_ids), chunk)):
             with self.accelerator.autocast():
                 of_chunk, entropies_of_chunk, packed = shared_prefix_logps(
-                    model, input_ids[rows], attention_mask[rows], logits_to_keep, compute_entropy=compute_entropy
+                    model,
+                    input_ids[rows],
+                    attention_mask[rows],
+                    logits_to_keep,
+                    compute_entropy=compute_entropy,
+                    keep_attention=checkpointed and torch.is_grad_enabled(),
                 )
             logps.append(of_chunk)
             entropies.append(entropies_of_chunk)
@@ -160,6 +166,23 @@ class LogProbabilityMixin(_Base):
         if self._fused is not None and not torch.is_grad_enabled():
             self._fused.take_out()
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None  # type: ignore[arg-type]
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        """As TRL's, which meanwhile takes gradient checkpointing out of the model, and puts it back, by walks over all
+        modules (15 ms for 28 adapted layers). It finds it taken out already."""
+        if self._on_unsloth_trainer:
+            return super()._generate_and_score_completions(inputs)
+        if self._checkpointable is None:
+            flag = "gradient_checkpointing"
+            self._checkpointable = [m for m in self.model.modules() if flag in vars(m) or hasattr(type(m), flag)]
+        checkpointed = [module for module in self._checkpointable if module.gradient_checkpointing]
+        try:
+            for module in checkpointed:
+                module.gradient_checkpointing = False
+            return super()._generate_and_score_completions(inputs)
+        finally:
+            for module in checkpointed:
+                module.gradient_checkpointing = True
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but that groups stay together inside a micro-batch where prompts are shared.

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rlvr.types import StopReason, Trajectory
 
 if TYPE_CHECKING:
+    import numpy as np
+
     _Base: Any  # trl.GRPOTrainer, found when an instance is made
 
     from rlvr.environments.base import Environment
@@ -104,9 +106,11 @@ class RolloutMixin(_Base):
 
     def _generate(self, prompts: list[Any]) -> Any:
         start = time.perf_counter()
-        output = super()._generate(prompts)
+        prompt_ids, *others = super()._generate(prompts)
         self._metrics["train" if self.model.training else "eval"]["rollout_time"].append(time.perf_counter() - start)
-        return output
+        if not self._on_unsloth_trainer and all(type(ids) is list for ids in prompt_ids):
+            prompt_ids = _arrays(prompt_ids)
+        return prompt_ids, *others
 
     def _check_sampler(
         self,
@@ -184,3 +188,13 @@ class RolloutMixin(_Base):
         if self.env.tools:
             metrics["tools/call_frequency"].append(calls / total)
             metrics["tools/failure_frequency"].append(failures / calls if calls else 0.0)
+
+
+def _arrays(prompt_ids: list[list[int]]) -> list[np.ndarray]:
+    """TRL makes a tensor of each row's ids: of an array in no time, of a list number by number (15 ms for 64 rows of
+    2,048). Equal rows share one."""
+    import numpy as np
+
+    keys = [tuple(ids) for ids in prompt_ids]
+    arrays = {key: np.array(key, dtype=np.int64) for key in set(keys)}
+    return [arrays[key] for key in keys]

@@ -33,8 +33,16 @@ SEAMS = (
         ),
         "EnhancedGRPOTrainer takes the same arguments in the same order",
     ),
-    Seam("_generate_and_score_completions", ("inputs",), "the batch's rows are kept for the environment; records"),
-    Seam("_generate", ("prompts",), "calls rollout_func(prompts, trainer); its extra fields reach the rewards"),
+    Seam(
+        "_generate_and_score_completions",
+        ("inputs",),
+        "the batch's rows are kept for the environment; records; gradient checkpointing is off meanwhile",
+    ),
+    Seam(
+        "_generate",
+        ("prompts",),
+        "calls rollout_func(prompts, trainer), whose extra fields reach the rewards; prompts are given as arrays",
+    ),
     Seam("_tokenize_prompts", ("prompts",), "a prompt is tokenized once for its group"),
     Seam(
         "_generate_single_turn",
