@@ -7,8 +7,8 @@
 #   benchmarks/gpu.sh OUT engine     rollouts alone, with and without compilation
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
 # OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About six,
-# five, five and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own, costs
-# a step a tenth.
+# seven, three, two and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
+# costs a step a tenth.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?a folder for the results}") what=${2:-all}
@@ -26,9 +26,9 @@ peers() {
   if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
 }
 
-overhead() {
-  python3 benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64 --models "$models" \
-    --out "$out/overhead.jsonl" > "$out/overhead.txt" 2>&1
+overhead() { # of a step, and of many short ones
+  against_unsloth --completion-tokens 64
+  against_unsloth --prompt-tokens 64 --completion-tokens 8 --steps 3 --turns 12
 }
 
 sizes() {
@@ -50,6 +50,11 @@ checks() { # at the same time: nothing of them is timed
     make gpu-test-$tests PYTHON=python3 > "$out/gpu-test-$tests.txt" 2>&1 &
   done
   wait
+}
+
+against_unsloth() {
+  python3 benchmarks/unsloth_overhead.py --shape 1.5b --models "$models" --out "$out/overhead.jsonl" "$@" \
+    >> "$out/overhead.txt" 2>&1
 }
 
 step() { python3 benchmarks/step.py --models "$models" --out "$out/$1.jsonl" "${@:2}" >> "$out/$1.txt" 2>&1; }

@@ -1,6 +1,7 @@
 """What our layer costs over a script of Unsloth's own: both in one process, in turn.
 
     python benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64     # on a GPU
+    python benchmarks/unsloth_overhead.py --shape 1.5b --prompt-tokens 64 --completion-tokens 8 --steps 3 --turns 12
 
 The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
 of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; in every second turn the other one is
@@ -8,7 +9,9 @@ first, and before that each warms up by a step. Ours makes the records of its ro
 as a run does, and does not write them. A step is all from its first micro-batch to the end of its optimizer update.
 
 Prints a JSON line: seconds of each step, the medians, and by how much ours is longer; and the medians of each turn,
-whose spread says what the difference is worth.
+whose spread says what the difference is worth. `difference_s` is the mean over the turns of ours minus the other's,
+with its standard error: what our layer does in a step depends on the rows, hardly on their tokens, so many short steps
+tell what a long one is too noisy to tell.
 """
 
 from __future__ import annotations
@@ -58,14 +61,19 @@ def main() -> None:
             for peer in PEERS if turn % 2 == 0 else reversed(PEERS):
                 turns[peer].append(seconds_of_steps(trainers[peer], options.steps))
     medians = {peer: statistics.median(itertools.chain(*seconds)) for peer, seconds in turns.items()}
+    of_turns = {peer: [statistics.median(turn) for turn in seconds] for peer, seconds in turns.items()}
+    differences = [ours - theirs for theirs, ours in zip(*(of_turns[peer] for peer in PEERS), strict=True)]
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
     line = json.dumps(
         {
             **{name: value for name, value in vars(options).items() if name not in ("models", "out")},
             "each_step_s": {
                 peer: [[round(s, 3) for s in turn] for turn in seconds] for peer, seconds in turns.items()
             },
-            "turn_medians_s": {peer: [statistics.median(turn) for turn in seconds] for peer, seconds in turns.items()},
+            "turn_medians_s": of_turns,
             "step_s": medians,
+            "difference_s": statistics.mean(differences),
+            "difference_standard_error_s": error,
             "overhead": medians["rlvr-unsloth"] / medians["unsloth"] - 1,
             "date": time.strftime("%Y-%m-%d"),
         }
