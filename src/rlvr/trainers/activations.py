@@ -17,12 +17,12 @@ from torch import Tensor
 from rlvr.backends.protocol import ArgumentChange, LoadedPolicy
 from rlvr.config import TrainSettings, processes
 from rlvr.rollout.grouped.weights import free_on_gpu
+from rlvr.trainers.shared_prefix.attention import SHARE
 from rlvr.trainers.shared_prefix.support import unsupported_reason, unwrap
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = (64, 128, 192)  # tokens of the forward passes, at equal distances
-SHARE = 4  # activations may take this part of the free memory: rollouts, gradients and optimizer want theirs
 
 
 def switch_off_checkpointing(

@@ -195,6 +195,8 @@ def _arrays(prompt_ids: list[list[int]]) -> list[np.ndarray]:
     2,048). Equal rows share one."""
     import numpy as np
 
-    keys = [tuple(ids) for ids in prompt_ids]
-    arrays = {key: np.array(key, dtype=np.int64) for key in set(keys)}
-    return [arrays[key] for key in keys]
+    from rlvr.rollout.grouped.session import distinct
+
+    prompts, group_of = distinct(prompt_ids)
+    arrays = [np.array(ids, dtype=np.int64) for ids in prompts]
+    return [arrays[group] for group in group_of]

@@ -9,6 +9,11 @@ import torch
 from transformers import PretrainedConfig
 
 
+def head_dim(config: PretrainedConfig) -> int:
+    """Of attention, for a model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheShape:
     """How much a cache holds. `groups`, `slots` and the token counts are capacities, not what is in use."""
@@ -34,7 +39,7 @@ class CacheShape:
             suffix_tokens=round_up(suffix_tokens, 64),
             layers=config.num_hidden_layers,
             kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            head_dim=head_dim(config),
         )
 
     @property

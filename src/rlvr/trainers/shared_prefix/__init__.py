@@ -62,9 +62,12 @@ def shared_prefix_logps(
     enable(base)
     packed = pack_rows(input_ids, attention_mask, completion_columns)
     layout = TreeLayout.of(packed.groups, input_ids.device, use_flash=flash)
-    if keep_attention and layout.use_flash:
-        keep_attention = room_to_keep(base.config, packed.packed_tokens, base.dtype, input_ids.device)
-        layout = layout.keeping() if keep_attention else layout
+    if (
+        keep_attention
+        and layout.use_flash
+        and room_to_keep(base.config, packed.packed_tokens, base.dtype, layout.device)
+    ):
+        layout = layout.keeping()
     outputs = model(
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,

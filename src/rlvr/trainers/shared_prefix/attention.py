@@ -18,12 +18,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from rlvr.fused import flash
+from rlvr.rollout.grouped.cache import head_dim
 from rlvr.rollout.grouped.weights import free_on_gpu
 from rlvr.trainers.shared_prefix.packing import Group
 from rlvr.trainers.shared_prefix.split_flash import Kept, Split, split_flash
 
 SUFFIX = "+shared_prefix"
-SHARE = 4  # of the free memory, as for activations without checkpointing
+SHARE = 4  # what is kept may take this part of the free memory: rollouts, gradients and optimizer want theirs
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,8 @@ def room_to_keep(config: Any, tokens: int, dtype: torch.dtype, device: torch.dev
     Args:
         config: of the transformers model.
     """
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    needed = tokens * heads * config.num_hidden_layers * (width * dtype.itemsize + 4)  # and a sum in float32
+    of_head = head_dim(config) * dtype.itemsize + 4  # and a sum in float32
+    needed = tokens * config.num_hidden_layers * config.num_attention_heads * of_head
     return needed * SHARE <= free_on_gpu(device)
 
 
