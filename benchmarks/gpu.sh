@@ -26,9 +26,9 @@ peers() {
   if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
 }
 
-overhead() { # of a step, and of many short ones
-  against_unsloth --completion-tokens 64
+overhead() { # of many short steps, and of a long one
   against_unsloth --prompt-tokens 64 --completion-tokens 8 --steps 3 --turns 12
+  against_unsloth --completion-tokens 64
 }
 
 sizes() {
@@ -43,7 +43,7 @@ engine() {
 checks() { # at the same time: nothing of them is timed
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2
   for backend in hf unsloth; do
-    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs $(( $(nproc) / 4 )) \
+    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 4 \
       > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do
