@@ -26,9 +26,9 @@ peers() {
   if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
 }
 
-overhead() { # of many short steps, and of a long one
-  against_unsloth --prompt-tokens 64 --completion-tokens 8 --steps 3 --turns 12
-  against_unsloth --completion-tokens 64
+overhead() { # of many short steps, and of a few long ones
+  against_unsloth --prompt-tokens 64 --completion-tokens 8 --turns 40
+  against_unsloth --turns 3
 }
 
 sizes() {

@@ -1,24 +1,24 @@
 """What our layer costs over a script of Unsloth's own: both in one process, in turn.
 
-    python benchmarks/unsloth_overhead.py --shape 1.5b --completion-tokens 64     # on a GPU
-    python benchmarks/unsloth_overhead.py --shape 1.5b --prompt-tokens 64 --completion-tokens 8 --steps 3 --turns 12
+    python benchmarks/unsloth_overhead.py --shape 1.5b --prompt-tokens 64 --completion-tokens 8 --turns 40   # on a GPU
+    python benchmarks/unsloth_overhead.py --shape 1.5b --turns 3
 
 The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
-of Unsloth, take `--steps` optimizer steps, then the other does, `--turns` times; in every second turn the other one is
-first, and before that each warms up by a step. Ours makes the records of its rollouts, with the hash of the weights,
-as a run does, and does not write them. A step is all from its first micro-batch to the end of its optimizer update.
+of Unsloth, take an optimizer step each, `--turns` times; in every second turn the other one is first. Before that each
+warms up by two steps. Ours makes the records of its rollouts, with the hash of the weights, as a run does, and does
+not write them. A step is all from its first micro-batch to the end of its optimizer update.
 
-Prints a JSON line: seconds of each step, the medians, and by how much ours is longer; and the medians of each turn,
-whose spread says what the difference is worth. `difference_s` is the mean over the turns of ours minus the other's,
-with its standard error: what our layer does in a step depends on the rows, hardly on their tokens, so many short steps
-tell what a long one is too noisy to tell.
+Prints a JSON line: the seconds of each step, the medians, and `difference_s`, the median over the turns of ours minus
+the other's, with its 95% confidence interval, which supposes nothing about how seconds are spread: a host that is busy
+with something else for a moment makes one turn of many. What our layer does in a step depends on its rows and
+micro-batches, hardly on their tokens, so many short steps tell what a long one is too noisy to tell.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -37,8 +37,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--completion-tokens", type=int, default=256)
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--groups", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=12)
     parser.add_argument("--models", help="keep the models that are made in this folder, and take those in it")
     parser.add_argument("--out", help="append the JSON line to this file")
     return parser.parse_args()
@@ -55,26 +54,21 @@ def main() -> None:
             benchmark.build(options.shape, folder)
         trainers = {peer: trainer_of(peer, folder, options) for peer in PEERS}
         for trainer in trainers.values():  # compiles, allocates
-            seconds_of_steps(trainer, 1)
-        turns = {peer: [] for peer in PEERS}
+            seconds_of_a_step(trainer), seconds_of_a_step(trainer)
+        seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
         for turn in range(options.turns):
             for peer in PEERS if turn % 2 == 0 else reversed(PEERS):
-                turns[peer].append(seconds_of_steps(trainers[peer], options.steps))
-    medians = {peer: statistics.median(itertools.chain(*seconds)) for peer, seconds in turns.items()}
-    of_turns = {peer: [statistics.median(turn) for turn in seconds] for peer, seconds in turns.items()}
-    differences = [ours - theirs for theirs, ours in zip(*(of_turns[peer] for peer in PEERS), strict=True)]
-    error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else None
+                seconds[peer].append(seconds_of_a_step(trainers[peer]))
+    medians = {peer: statistics.median(of_peer) for peer, of_peer in seconds.items()}
+    differences = [ours - theirs for theirs, ours in zip(*(seconds[peer] for peer in PEERS), strict=True)]
     line = json.dumps(
         {
             **{name: value for name, value in vars(options).items() if name not in ("models", "out")},
-            "each_step_s": {
-                peer: [[round(s, 3) for s in turn] for turn in seconds] for peer, seconds in turns.items()
-            },
-            "turn_medians_s": of_turns,
+            "each_step_s": {peer: [round(s, 3) for s in of_peer] for peer, of_peer in seconds.items()},
             "step_s": medians,
-            "difference_s": statistics.mean(differences),
-            "difference_standard_error_s": error,
-            "overhead": medians["rlvr-unsloth"] / medians["unsloth"] - 1,
+            "difference_s": statistics.median(differences),
+            "difference_95_s": interval(differences),
+            "overhead": statistics.median(differences) / medians["unsloth"],
             "date": time.strftime("%Y-%m-%d"),
         }
     )
@@ -91,32 +85,47 @@ def trainer_of(peer: str, folder: str, options: argparse.Namespace):
         peer,
         argparse.Namespace(
             model=folder, prompt_tokens=[options.prompt_tokens], completion_tokens=[options.completion_tokens],
-            group_size=[options.group_size], groups=options.groups, steps=options.steps, micro_batch_groups=None,
+            group_size=[options.group_size], groups=options.groups, steps=1, micro_batch_groups=None,
             gradient_checkpointing="on", rollout_engine="generate", shared_prefix="off",
         ),
         torch.cuda.is_available(),
     )  # fmt: skip
 
 
-def seconds_of_steps(trainer, steps: int) -> list[float]:
-    """Trains for so many steps, and says how long each took."""
+def seconds_of_a_step(trainer) -> float:
+    """Trains for one step, and says how long it took."""
     import torch
     from transformers import TrainerCallback
 
-    seconds, clock = [], benchmark.Clock(torch.cuda.is_available())
+    clock, moments = benchmark.Clock(torch.cuda.is_available()), []
 
     class Stopwatch(TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            self.began = time.perf_counter()
+            moments.append(clock.now())
 
         def on_step_end(self, *args, **kwargs):
-            seconds.append(clock.now() - self.began)
+            moments.append(clock.now())
 
-    trainer.args.max_steps = steps
+    trainer.args.max_steps = 1
     trainer.add_callback(Stopwatch)
     trainer.train()
     trainer.remove_callback(Stopwatch)
-    return seconds
+    began, ended = moments
+    return ended - began
+
+
+def interval(values: list[float]) -> tuple[float, float] | None:
+    """The 95% confidence interval of the median; None for fewer than six values.
+
+    It ends at the k-th value from either end: that fewer than k lie on one side of the true median is as likely as
+    fewer than k heads in as many throws of a coin, and k is the largest for which that is at most 2.5%.
+    """
+    ordered, count = sorted(values), len(values)
+    beyond, probability = 0, 0.5**count
+    while probability <= 0.025:
+        beyond += 1
+        probability += math.comb(count, beyond) * 0.5**count
+    return (ordered[beyond - 1], ordered[-beyond]) if beyond else None
 
 
 if __name__ == "__main__":
