@@ -2,8 +2,8 @@
 
 TRL merges every adapter into the policy's own weights, reads them, and subtracts it again, at each step. In half
 precision that rounds: the frozen weights drift, a little at every step, and the adapter that is saved belongs to
-weights that nobody has. The canary cannot see it, since vLLM drifts along. Here W + s·BA is computed apart, in
-float32, layer by layer; other kinds of adapters are merged as TRL does, and the weights then put back.
+weights that nobody has. The canary cannot see it, since vLLM drifts along. Here W + s·BA is computed apart, layer by
+layer, as for the grouped engine; other kinds of adapters are merged as TRL does, and the weights then put back.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def merge_apart(generation: Any) -> None:
         with _left_to_us(model), _merged([layer for layer in layers if not mergeable(layer)]):
             for name, value in own():
                 layer = waiting.pop(value.data_ptr(), None)
-                yield name, value if layer is None else merged_weight(layer).to(value.dtype)
+                yield name, value if layer is None else merged_weight(layer)
         if waiting:
             raise AdapterError(f"vLLM did not get the adapters of {len(waiting)} layers; use rollout_engine='auto'.")
 

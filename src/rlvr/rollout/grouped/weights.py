@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -32,8 +33,8 @@ def causal_lm(model: Any) -> Any:
 def rollout_mode(model: Any, *, merge: bool = True) -> Iterator[None]:
     """Within it, `model` (from `causal_lm`) is in evaluation mode, attends through us and has its LoRA merged.
 
-    Outside it, and when anything raises, every weight is bit for bit what it was: merging W + s·BA in W's own dtype
-    rounds, so W is not recomputed by subtraction but kept.
+    Outside it, and when anything raises, every weight is bit for bit what it was: W + s·BA in W's own dtype is
+    rounded, so W is not recomputed by subtraction but kept.
     """
     with ExitStack() as undo:
         modules = list(model.modules())  # walked once: an adapted model of 28 layers has more than 2,000
@@ -93,14 +94,32 @@ def mergeable(layer: Any) -> bool:
 
 
 def merged_weight(layer: Any) -> Tensor:
-    """W + Σ s·BA over the active adapters, in float32, in memory of its own. W itself if disabled."""
+    """W + Σ s·BA over the active adapters, computed in float32, in W's dtype and in memory of its own.
+
+    W itself if disabled.
+    """
     weight = layer.base_layer.weight
     adapters = [] if layer.disable_adapters else [name for name in layer.active_adapters if name in layer.lora_A]
     total = weight.detach().to(torch.float32, copy=True)
     for name in adapters:
         up, down = layer.lora_B[name].weight.float(), layer.lora_A[name].weight.float()
         total.addmm_(up.detach(), down.detach(), alpha=layer.scaling[name])
-    return total
+    return _dithered(total, weight.dtype)
+
+
+def _dithered(total: Tensor, dtype: torch.dtype) -> Tensor:
+    """float32 `total` in `dtype`, rounded up or down so that the mean stays; overwrites `total`.
+
+    A young adapter moves most bfloat16 weights by less than half of what lies between two of them: rounded to the
+    nearest, all of these would stay, and the policy be sampled without it. Here as many move as it takes. What random
+    numbers decide, added to the bits that are cut off, is the same at each call: equal weights are merged equally.
+    """
+    cut = round(math.log2(torch.finfo(dtype).eps / torch.finfo(torch.float32).eps))  # bits: 16 for bfloat16
+    if cut > 0:
+        generator = torch.Generator(total.device).manual_seed(0)
+        noise = torch.empty_like(total, dtype=torch.int32).random_(1 << cut, generator=generator)
+        total.view(torch.int32).add_(noise).bitwise_and_(-1 << cut)
+    return total.to(dtype)
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
