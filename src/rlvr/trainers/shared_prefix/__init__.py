@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlvr.trainers.shared_prefix.attention import TreeLayout, disable, enable, room_to_keep
+from rlvr.trainers.shared_prefix.attention import TreeLayout, enable, room_to_keep
 from rlvr.trainers.shared_prefix.packing import PackedRows, group_order, pack_rows
 from rlvr.trainers.shared_prefix.support import SUPPORTED_MODEL_TYPES, unsupported_reason, unwrap
 
 __all__ = [
     "SUPPORTED_MODEL_TYPES",
     "PackedRows",
-    "disable",
     "enable",
     "group_order",
     "pack_rows",

@@ -1,13 +1,15 @@
 """Attention over packed rows: a trunk attends to itself, a branch to its trunk and itself, all causally.
 
-The function is registered with transformers as `<the model's own>+shared_prefix`. A forward that carries a
-`TreeLayout` (the keyword argument `shared_prefix`) is computed here; every other forward, generation
-included, goes to the model's own attention, so the registration can stay for the model's life. It has to:
-with gradient checkpointing, layers are computed again in the backward pass, after the forward has returned.
+`enable` puts the function in front of the one that transformers has by the model's own name ("sdpa"). A forward that
+carries a `TreeLayout` (the keyword argument `shared_prefix`) is computed here; every other forward, of whatever model,
+goes on to the function that was there, so ours can stay. It has to: with gradient checkpointing, layers are computed
+again in the backward pass, after the forward has returned. The configuration keeps its name, by which transformers
+loads flash kernels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlvr.fused import flash
 from rlvr.rollout.grouped.cache import head_dim
@@ -23,7 +25,6 @@ from rlvr.rollout.grouped.weights import free_on_gpu
 from rlvr.trainers.shared_prefix.packing import Group
 from rlvr.trainers.shared_prefix.split_flash import Kept, Split, split_flash
 
-SUFFIX = "+shared_prefix"
 SHARE = 4  # what is kept may take this part of the free memory: rollouts, gradients and optimizer want theirs
 
 
@@ -108,17 +109,25 @@ def _branch_index(group: Group) -> tuple[Tensor, Tensor] | None:
 
 
 def enable(model: Any) -> None:
-    """Puts this attention in front of the model's own. Idempotent; `disable` takes it away.
+    """Puts this attention in front of the model's own. Idempotent.
 
     Args:
         model: the transformers model itself, without wrappers.
     """
-    own = model.config._attn_implementation
-    if own.endswith(SUFFIX):
-        return
-    own_forward = AttentionInterface()[own]
+    name = model.config._attn_implementation
+    own = ALL_ATTENTION_FUNCTIONS[name]
+    if not isinstance(own, _InFront):
+        ALL_ATTENTION_FUNCTIONS[name] = _InFront(own)
 
-    def forward(
+
+class _InFront:
+    """An attention function of transformers that computes packed rows here, and everything else as `own` does."""
+
+    def __init__(self, own: Callable[..., Any]):
+        self.own = own
+
+    def __call__(
+        self,
         module: torch.nn.Module,
         query: Tensor,
         key: Tensor,
@@ -126,9 +135,9 @@ def enable(model: Any) -> None:
         attention_mask: Tensor | None,
         shared_prefix: TreeLayout | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         if shared_prefix is None:
-            return own_forward(module, query, key, value, attention_mask, **kwargs)
+            return self.own(module, query, key, value, attention_mask, **kwargs)
         attend = tree_attention(
             query,
             key,
@@ -139,15 +148,6 @@ def enable(model: Any) -> None:
             sliding_window=kwargs.get("sliding_window"),
         )
         return attend, None
-
-    AttentionInterface.register(own + SUFFIX, forward)
-    AttentionMaskInterface.register(own + SUFFIX, AttentionMaskInterface()[own])
-    model.config._attn_implementation = own + SUFFIX
-
-
-def disable(model: Any) -> None:
-    """Gives the model its own attention back."""
-    model.config._attn_implementation = model.config._attn_implementation.removesuffix(SUFFIX)
 
 
 def tree_attention(
