@@ -1,5 +1,7 @@
 """Which models the grouped engine refuses, and what it says."""
 
+import copy
+
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
@@ -98,6 +100,15 @@ def test_sharded_and_scattered_weights_are_refused():
     scattered = tiny_model(layers=1)
     scattered.model.norm.to("meta")
     assert problem(scattered) == "the weights are on cpu, meta; one CPU or one CUDA device is needed"
+
+
+def test_layers_that_read_another_configuration_are_refused():
+    """What a rollout sets in the model's would not reach them: their tokens would be wrong."""
+    copied = tiny_model(layers=1)
+    copied.config = copy.deepcopy(copied.config)
+    replicated = LoraConfig(task_type="CAUSAL_LM", layer_replication=[(0, 2), (1, 2)])
+    for model in (copied, get_peft_model(tiny_model("llama"), replicated)):
+        assert "self_attn has a configuration of its own, which is not model.config" in problem(model)
 
 
 def test_the_engine_refuses_what_it_cannot_run():

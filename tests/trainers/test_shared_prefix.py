@@ -12,6 +12,9 @@ import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import modeling_flash_attention_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlvr.fused import flash
 from rlvr.fused.lora import fuse_lora
@@ -19,7 +22,6 @@ from rlvr.testing.tiny import tiny_model
 from rlvr.trainers.shared_prefix import (
     SUPPORTED_MODEL_TYPES,
     attention,
-    disable,
     enable,
     group_order,
     pack_rows,
@@ -285,10 +287,37 @@ def test_other_forwards_are_left_alone():
     )
     options = {"attention_mask": attention_mask, "do_sample": False, "max_new_tokens": 5}
     assert torch.equal(model.generate(input_ids, **options), untouched.generate(input_ids, **options))
-    assert model.config._attn_implementation == "sdpa+shared_prefix"
-    assert "_attn_implementation" not in model.config.to_json_string()
-    disable(model)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "kernels-community/flash-attn2"])
+def test_transformers_still_finds_flash_kernels_by_their_name(monkeypatch, name):
+    """A stand-in for the kernel, which transformers loads by the name in the configuration at each forward."""
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, name, ALL_ATTENTION_FUNCTIONS["flash_attention_2"])
+    monkeypatch.setitem(ALL_MASK_ATTENTION_FUNCTIONS, name, ALL_MASK_ATTENTION_FUNCTIONS["flash_attention_2"])
+    asked = []
+
+    def kernel(query, key, value, dropout_p=0.0, softmax_scale=None, causal=False, **_):
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        options = {"scale": softmax_scale, "is_causal": causal, "enable_gqa": True}
+        return scaled_dot_product_attention(query, key, value, **options).transpose(1, 2)
+
+    def load(implementation, *_, **__):
+        asked.append(implementation)
+        return kernel, kernel, None, None, None
+
+    monkeypatch.setattr(modeling_flash_attention_utils, "_lazy_imports", load)
+    monkeypatch.setattr(modeling_flash_attention_utils, "_loaded_implementation", None)
+    expected = shared_prefix_logps(attach_head(tiny_model("qwen2")), *ragged_batch())[0]
+    model = attach_head(tiny_model("qwen2"))
+    model.config._attn_implementation = name
+    assert unsupported_reason(model) is None
+    torch.testing.assert_close(shared_prefix_logps(model, *ragged_batch())[0], expected)
+    assert asked == []  # the packed forward has its own
+    ids = torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(model(input_ids=ids).logits, tiny_model("qwen2")(input_ids=ids).logits)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+    assert set(asked) == {name}
 
 
 def test_a_model_that_drops_the_layout_raises():
@@ -540,6 +569,12 @@ def _with_config(architecture="qwen2", **values):
     return model
 
 
+def _with_copied_config():
+    model = tiny_model("qwen2")
+    model.config = copy.deepcopy(model.config)
+    return model
+
+
 def _unsloth_patched():
     model = tiny_model("qwen2")
 
@@ -561,6 +596,11 @@ def _unsloth_patched():
         (lambda: _with_config("llama", rope_parameters={"rope_type": "dynamic"}), "'dynamic'"),
         (lambda: tiny_model("qwen2_moe"), "'qwen2_moe'"),
         (lambda: tiny_model("gpt2"), "'gpt2'"),
+        (_with_copied_config, "model.layers.0.self_attn has a configuration of its own"),
+        (
+            lambda: _peft(LoraConfig(task_type="CAUSAL_LM", r=2, layer_replication=[(0, 2), (1, 2)]), "llama"),
+            "has a configuration of its own",
+        ),
         (_unsloth_patched, "Unsloth has replaced the forward of Qwen2Attention"),
         (lambda: torch.nn.DataParallel(tiny_model("qwen2")), "DataParallel"),
         (lambda: _peft(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)), "PROMPT_TUNING"),
@@ -576,8 +616,8 @@ def test_refusals_name_the_reason(model, words):
     assert "\n" not in reason
 
 
-def _peft(config):
-    return get_peft_model(tiny_model("qwen2"), config)
+def _peft(config, architecture="qwen2"):
+    return get_peft_model(tiny_model(architecture), config)
 
 
 def test_rope_that_depends_on_the_batch_is_fine_below_its_limit():

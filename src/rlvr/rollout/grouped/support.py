@@ -22,8 +22,26 @@ def unsupported(model: Any, sampling: SamplingSettings) -> str | None:
     if (problem := _peft_problem(model)) is not None:
         return problem
     model = causal_lm(model)
-    checks = (_wrapper_problem, _patch_problem, _architecture_problem, _position_problem, _placement_problem)
+    checks = (
+        *(_wrapper_problem, _patch_problem, _architecture_problem, _position_problem),
+        *(configuration_problem, _placement_problem),
+    )
     return next((problem for check in checks if (problem := check(model)) is not None), None)
+
+
+def configuration_problem(model: Any) -> str | None:
+    """Layers that read another configuration than the model's: what is set or checked there is not what they do.
+
+    PEFT's `layer_replication` copies layers with their configurations.
+
+    Args:
+        model: the transformers model itself, without wrappers.
+    """
+    for name, module in model.named_modules():
+        own = getattr(module, "config", model.config) if hasattr(module, "layer_idx") else model.config
+        if own is not model.config:
+            return f"{name} has a configuration of its own, which is not model.config (copied or replicated layers)"
+    return None
 
 
 def _peft_problem(model: Any) -> str | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlvr.rollout.grouped.support import configuration_problem
+
 SUPPORTED_MODEL_TYPES = frozenset(
     {"qwen2", "qwen3", "llama", "mistral", "gemma3_text", "phi3"}
     | {"cohere2", "gemma", "glm4", "granite", "olmo2", "olmo3", "smollm3", "starcoder2"}
@@ -83,7 +85,7 @@ def _base_reason(model: Any, longest_sequence: int | None) -> str | None:
         return f"attn_logit_softcapping is {config.attn_logit_softcapping}; the packed attention has none"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
-    return _rope_reason(config, longest_sequence)
+    return _rope_reason(config, longest_sequence) or configuration_problem(model)
 
 
 def _rope_reason(config: Any, longest_sequence: int | None) -> str | None:
