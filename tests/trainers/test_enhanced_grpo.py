@@ -300,21 +300,64 @@ def test_arguments_of_the_caller_are_left_alone(tmp_path, tokenizer):
     assert trainer.args.beta == trainer.beta == 0.1
 
 
-def test_evaluation_generates_and_scores_only(tmp_path, tokenizer, monkeypatch):
+def test_an_evaluation_has_records_and_a_mean_reward_and_no_loss(tmp_path, tokenizer):
     records = []
     trainer = EnhancedGRPOTrainer(
         model=tiny_model(), processing_class=tokenizer, env=environment(), peft_config=lora(),
         args=grpo_config(tmp_path, beta=0.1, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4),
         trajectory_sinks=[records.extend],
     )  # fmt: skip
-    forwards = []
-    monkeypatch.setattr(type(trainer), "compute_loss", lambda *_, **__: forwards.append("loss"))
     metrics = trainer.evaluate()
-    assert not forwards
     assert [record.phase for record in records] == ["eval"] * 8  # 2 rows of 4 completions
     mean = sum(record.reward for record in records) / 8
     assert metrics["eval_reward"] == pytest.approx(mean)
     assert "eval_loss" not in metrics
+
+
+def evaluating(folder, tokenizer, **config):
+    """A trainer whose completions are given, so that every forward is one of scoring; and its forwards."""
+
+    def given(prompts, trainer):
+        completions = [[5, 6]] * len(prompts)
+        return {"prompt_ids": tokenizer(prompts)["input_ids"], "completion_ids": completions, "logprobs": None}
+
+    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "bb"}])
+    trainer = EnhancedGRPOTrainer(
+        model=tiny_model(), processing_class=tokenizer, peft_config=lora(), train_dataset=rows, eval_dataset=rows,
+        reward_funcs=lambda completion_ids, **_: [float(row) for row in range(len(completion_ids))],
+        rollout_func=given,
+        args=grpo_config(folder, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=4, **config),
+    )  # fmt: skip
+    forwards = []
+    trainer.model.get_base_model().model.register_forward_hook(lambda *_: forwards.append(1))
+    return trainer, forwards
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"beta": 0.1}, {"num_iterations": 2}, {"metric_for_best_model": "eval_reward"}]
+)
+def test_evaluation_generates_and_scores_only(tmp_path, tokenizer, config):
+    trainer, forwards = evaluating(tmp_path, tokenizer, **config)
+    assert "eval_reward" in trainer.evaluate()
+    assert not forwards
+    trainer.train()  # afterwards losses have the forwards that they want
+    assert forwards
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"lr_scheduler_type": "reduce_lr_on_plateau", "lr_scheduler_kwargs": {"patience": 0}},
+        {"save_strategy": "best", "metric_for_best_model": "loss"},
+        {"save_strategy": "steps", "save_steps": 1, "load_best_model_at_end": True, "beta": 0.1},
+    ],
+)
+def test_where_the_trainer_wants_its_loss_an_evaluation_has_one(tmp_path, tokenizer, config):
+    trainer, _ = evaluating(tmp_path, tokenizer, **config)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_reward" in row]
+    assert len(rows) == 2
+    assert all("eval_loss" in row for row in rows)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ def test_unsloths_generated_trainer_trains(lines):
         assert second > 1e-4
 
 
+def test_evaluation_generates_and_scores_only(lines):
+    (found,) = (line for line in lines if "forwards" in line)
+    assert found["forwards"] == 0
+    assert found["reward"] > 0
+
+
 def test_tool_text_is_not_in_the_loss(lines):
     (found,) = (line for line in lines if "tools" in line)
     from_formula, with_tool_text = found["tools"]

@@ -84,6 +84,35 @@ def train(name, model, beta):
     print(json.dumps({"run": name, "classes": names, "rows": rows}))
 
 
+def evaluate():
+    """Forwards of an evaluation whose completions are given: none is of scoring."""
+    from datasets import Dataset
+    from tests_support import grpo_config
+
+    from rlvr.testing.tiny import tiny_tokenizer
+    from rlvr.trainers import EnhancedGRPOTrainer
+
+    tokenizer, model, forwards = tiny_tokenizer(), with_adapter(), []
+    mark_as_unsloths(model)
+    rows = Dataset.from_list([{"prompt": "a"}, {"prompt": "bb"}])
+    trainer = EnhancedGRPOTrainer(
+        model=model,
+        processing_class=tokenizer,
+        reward_funcs=length,
+        train_dataset=rows,
+        eval_dataset=rows,
+        rollout_func=lambda prompts, trainer: {
+            "prompt_ids": tokenizer(prompts)["input_ids"],
+            "completion_ids": [[5, 6]] * len(prompts),
+            "logprobs": None,
+        },
+        args=grpo_config(tempfile.mkdtemp(), beta=0.1, num_iterations=2, per_device_eval_batch_size=4),
+    )
+    model.get_base_model().model.register_forward_hook(lambda *_: forwards.append(1))
+    metrics = trainer.evaluate()
+    print(json.dumps({"forwards": len(forwards), "reward": metrics["eval_reward"]}))
+
+
 def double(number: int) -> int:
     """Doubles a number.
 
@@ -253,6 +282,7 @@ for loss_type in ("dapo", "dr_grpo", "cispo", "grpo"):
 train("beta 0", with_adapter(), 0.0)
 train("beta", with_adapter(), 0.1)
 train("every weight", unlike_its_checkpoint(), 0.1)
+evaluate()
 train_with_tools()
 for prompts in (1, 2):
     train_with_long_prompts(prompts)

@@ -208,16 +208,6 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         self._scored = ScoredBatch(prompts, completions, stop_reasons, rewards)
         return rewards
 
-    def prediction_step(
-        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
-    ) -> Any:
-        """Evaluation samples and scores; the loss of an evaluation batch is computed only where it selects the best
-        checkpoint."""
-        if self.args.load_best_model_at_end and str(self.args.metric_for_best_model).endswith("loss"):
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        self._prepare_inputs(inputs)
-        return None, None, None
-
     # ------------------------------------------------------------------ tracking
 
     def _set_up_tracking(self, sinks: Sequence[TrajectorySink]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlvr.errors import ConfigError, UnsupportedSettingError
 from rlvr.trainers.compose import is_unsloth_class
+from rlvr.trainers.sharding import sharding_problem
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +28,9 @@ class LogProbabilityMixin(_Base):
     """The part of the trainer that runs the training forward. `super()` is TRL's trainer."""
 
     _buffered_inputs: Any
+    vllm_importance_sampling_correction: bool
     _checkpointable: list[Any] | None = None  # modules in which gradient checkpointing is switched on and off
+    _only_scores = False  # within a batch of an evaluation without a loss
 
     def _takes_own_reference(self, args: Any) -> bool:
         """Whether the reference is a snapshot of the trainable parameters, rather than what TRL would build.
@@ -71,7 +74,7 @@ class LogProbabilityMixin(_Base):
         self.tokens_computed = self.tokens_padded = 0
         if asked == "off":
             return
-        problem = unsupported_reason(self.model)
+        problem = sharding_problem(self) or unsupported_reason(self.model)
         if problem is None and self.aux_loss_enabled:
             problem = "the auxiliary loss of a mixture of experts needs every token of every row"
         if problem is None and self._on_unsloth_trainer:
@@ -118,8 +121,12 @@ class LogProbabilityMixin(_Base):
         *args: Any,  # Unsloth's trainer has one more
         **kwargs: Any,
     ) -> Any:
-        """As TRL's: (log-probabilities (B, C), entropies (B, C) or None, auxiliary loss or None), in nats."""
+        """As TRL's: (log-probabilities (B, C), entropies (B, C) or None, auxiliary loss or None), in nats. None of
+        them where no loss is going to ask."""
         from rlvr.trainers.reference import StartingPolicy
+
+        if self._only_scores:
+            return None, None, None
 
         arguments = (input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy)
         if isinstance(model, StartingPolicy):
@@ -183,6 +190,21 @@ class LogProbabilityMixin(_Base):
         finally:
             for module in checkpointed:
                 module.gradient_checkpointing = True
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> Any:
+        """Evaluation samples and scores. Its loss, and the forwards of the old policy and of the reference for it, are
+        computed only where a loss selects the checkpoint or sets the learning rate."""
+        if str(self.args.metric_for_best_model).endswith("loss"):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        correction = self.vllm_importance_sampling_correction  # compares the old policy with vLLM
+        self._only_scores, self.vllm_importance_sampling_correction = True, False
+        try:
+            self._prepare_inputs(inputs)
+        finally:
+            self._only_scores, self.vllm_importance_sampling_correction = False, correction
+        return None, None, None
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         """As TRL's, but that groups stay together inside a micro-batch where prompts are shared.

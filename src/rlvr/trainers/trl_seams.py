@@ -62,8 +62,9 @@ SEAMS = (
 )  # fmt: skip
 """And these attributes: `_metrics[mode]` (name → list of values, averaged by `log`), `_step`, `_buffered_inputs`,
 `environment_factories`, `beta` and `ref_model` (read when a batch is scored), `generation_config`,
-`num_generations_eval`, `eos_token_ids`; with vLLM `vllm_generation`, whose `_iter_named_params` gives the weights by
-name, between calls of the model's `merge_adapter` and `unmerge_adapter`."""
+`num_generations_eval`, `eos_token_ids`, `vllm_importance_sampling_correction` (off where an evaluation has no loss);
+with vLLM `vllm_generation`, whose `_iter_named_params` gives the weights by name, between calls of the model's
+`merge_adapter` and `unmerge_adapter`; `is_fsdp_enabled` of transformers' trainer."""
 
 
 def missing_seams(trainer_class: type) -> list[str]:
