@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rlvr.errors import ConfigError, UnsupportedSettingError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
+from rlvr.trainers.sharding import sharding_problem
 
 if TYPE_CHECKING:
     from rlvr.trainers.rollouts import RolloutMixin
@@ -26,7 +27,8 @@ class EngineChoice:
 def choose_engine(trainer: RolloutMixin, asked: RolloutEngineName) -> EngineChoice:
     """
     Raises:
-        ConfigError: there is no engine of that name, or it contradicts `args.use_vllm`.
+        ConfigError: there is no engine of that name, or it contradicts `args.use_vllm`; or several processes would
+            play turns on one vLLM server.
         UnsupportedSettingError: "grouped" was asked for and cannot run this model or these options.
     """
     if asked not in ENGINES:
@@ -36,6 +38,7 @@ def choose_engine(trainer: RolloutMixin, asked: RolloutEngineName) -> EngineChoi
     if asked in ("generate", "grouped") and trainer.args.use_vllm:
         raise ConfigError(f"rollout_engine is {asked!r} and args.use_vllm is True; leave one of them out.")
     if trainer.args.use_vllm:
+        _refuse_turns_of_several_processes(trainer)
         return EngineChoice(_plain(trainer, name="vllm"))
     if asked == "generate":
         return EngineChoice(_plain(trainer))
@@ -47,6 +50,18 @@ def choose_engine(trainer: RolloutMixin, asked: RolloutEngineName) -> EngineChoi
             f"the grouped rollout engine cannot be used: {problem}. Use rollout_engine='auto' or 'generate'."
         )
     return EngineChoice(_plain(trainer), fallback=problem)
+
+
+def _refuse_turns_of_several_processes(trainer: RolloutMixin) -> None:
+    """Whenever a process samples, TRL gathers the prompts of all for the server, as many from each. Later turns of an
+    environment come when they come, and the processes would wait for each other, or get each other's completions."""
+    env, processes = trainer.env, trainer.accelerator.num_processes
+    if trainer.args.vllm_mode == "server" and env is not None and env.max_turns > 1 and processes > 1:
+        raise ConfigError(
+            f"{processes} processes train with one vLLM server, and environment {env.name!r} has up to "
+            f"{env.max_turns} turns, which TRL cannot sample there. Train in one process, or use vLLM in each "
+            "(vllm_mode='colocate'; leave --vllm-server out)."
+        )
 
 
 def sampling_settings(args: Any) -> SamplingSettings:
@@ -72,8 +87,8 @@ def grouped_problem(trainer: RolloutMixin) -> str | None:
     ]
     if options:
         return f"{', '.join(options)} of GRPOConfig are for transformers' generate"
-    if args.deepspeed or args.fsdp:
-        return "the weights are sharded (DeepSpeed or FSDP)"
+    if (problem := sharding_problem(trainer)) is not None:
+        return problem
     if not hasattr(trainer.processing_class, "convert_tokens_to_ids"):
         return "the model reads images or sound"
     return GroupedEngine.unsupported(_unwrapped(trainer), sampling_settings(args))
