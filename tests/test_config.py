@@ -80,6 +80,19 @@ def test_all_problems_come_at_once():
         ({"load_in_4bit": True, "load_in_8bit": True}, "load_in_4bit and load_in_8bit are both on; choose one."),
         ({"peft": False, "load_in_4bit": True}, "quantized weights cannot be trained"),
         ({"peft": False, "fp16": True}, "float16 weights cannot be trained in full"),
+        (
+            {"vllm_server": "http://a:1"},
+            "vllm_server is 'http://a:1' and rollout_engine is 'auto'; use --rollout-engine",
+        ),
+        ({"vllm_server": "a:1", "rollout_engine": "vllm"}, "vllm_server is 'a:1'; it must be an address such as http"),
+        (
+            {"vllm_server": "http://a:1", "rollout_engine": "vllm", "gpu_memory_utilization": 0.5},
+            "gpu_memory_utilization is 0.5: a server takes its share when it is started. Give it there.",
+        ),
+        (
+            {"vllm_server": "http://a:1", "rollout_engine": "vllm", "fast_inference": "on"},
+            "fast_inference is 'on', which is another vLLM; leave one out.",
+        ),
         ({"seed": 2**32}, "seed is 4294967296; it must be at least 0 and at most 4294967295."),
         ({"report_to": "auto,wandb"}, "report_to is 'auto,wandb'; allowed: auto, none"),
     ],

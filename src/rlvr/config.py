@@ -96,6 +96,12 @@ class TrainSettings:
     rollout_engine: str = option(
         "auto", "what generates tokens", ROLLOUTS, choices=("auto", "generate", "grouped", "vllm")
     )
+    vllm_server: str | None = option(
+        None,
+        "with --rollout-engine vllm, the address of a server that 'trl vllm-serve' started, such as "
+        "http://localhost:8000; by default vLLM runs in the process that trains",
+        ROLLOUTS,
+    )
     tool_call_parser: str | None = option(
         None,
         f"format of tool calls: {', '.join(TOOL_CALL_PARSERS)}, or my_module:my_parser; by default found from the "
@@ -226,6 +232,7 @@ class TrainSettings:
         if self.report_to not in ("auto", "none") and not set(trackers) <= set(TRACKERS):
             allowed = f"auto, none, or of these, with commas between: {', '.join(TRACKERS)}"
             problems.append(f"report_to is {self.report_to!r}; allowed: {allowed}.")
+        problems += self._vllm_server_problems()
         parser = self.tool_call_parser
         if parser is not None and ":" not in parser and parser not in TOOL_CALL_PARSERS:
             allowed = f"{', '.join(TOOL_CALL_PARSERS)}, or my_module:my_parser of your own"
@@ -233,6 +240,23 @@ class TrainSettings:
         plan = self._batch_plan()
         if isinstance(plan, str):
             problems.append(plan)
+        return problems
+
+    def _vllm_server_problems(self) -> list[str]:
+        if self.vllm_server is None:
+            return []
+        problems, given = [], f"vllm_server is {self.vllm_server!r}"
+        if not self.vllm_server.startswith(("http://", "https://")):
+            problems.append(f"{given}; it must be an address such as http://localhost:8000.")
+        if self.rollout_engine != "vllm":
+            problems.append(f"{given} and rollout_engine is {self.rollout_engine!r}; use --rollout-engine vllm.")
+        if self.gpu_memory_utilization is not None:
+            problems.append(
+                f"{given} and gpu_memory_utilization is {self.gpu_memory_utilization}: a server takes its share when "
+                "it is started. Give it there."
+            )
+        if self.fast_inference == "on":
+            problems.append(f"{given} and fast_inference is 'on', which is another vLLM; leave one out.")
         return problems
 
     def _batch_plan(self) -> BatchPlan | str:
@@ -280,7 +304,7 @@ class TrainSettings:
             full_finetuning=not self.peft,
             gradient_checkpointing=self.gradient_checkpointing is not False,
             gpu_memory_utilization=self.gpu_memory_utilization or ModelSettings.gpu_memory_utilization,
-            fast_inference=self.fast_inference,  # type: ignore[arg-type]
+            fast_inference="off" if self.vllm_server else self.fast_inference,  # type: ignore[arg-type]
             seed=self.seed,
         )
 

@@ -31,6 +31,11 @@ def test_a_first_vllm_may_start(monkeypatch, bytes_held):
     check_vllm_can_start()
 
 
+def test_beside_an_earlier_vllm_a_server_may_be_used(monkeypatch):
+    installed(monkeypatch, bytes_held=2**30)
+    check_vllm_can_start(server=True)
+
+
 def train(folder, model):
     rlvr.train(environment(), str(model), "hf", **SMALL, rollout_engine="vllm", output_dir=folder / "run")
 

@@ -370,6 +370,15 @@ def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
     assert settings.model_settings().gpu_memory_utilization == ModelSettings.gpu_memory_utilization
 
 
+def test_a_vllm_server_reaches_trl(policy, tmp_path):
+    server = "http://localhost:8000"
+    settings = TrainSettings(env="e", model="m", rollout_engine="vllm", vllm_server=server).resolved()
+    config = grpo_config(training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))[0])
+    assert (config.use_vllm, config.vllm_mode, config.vllm_server_base_url) == (True, "server", server)
+    assert config.vllm_enable_sleep_mode is False  # there is none of ours to put to sleep
+    assert settings.model_settings().fast_inference == "off"  # nor is another vLLM loaded beside the policy
+
+
 def test_trl_takes_the_arguments_as_they_are(policy, tmp_path):
     settings = TrainSettings(env="e", model="m", loss_type="dr_grpo", max_steps=3).resolved()
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))

@@ -11,9 +11,10 @@ from peft import LoHaConfig, LoraConfig, get_peft_model
 from tests_support import grpo_config
 from trl.generation.vllm_generation import VLLMGeneration
 
-from rlvr.errors import AdapterError
+from rlvr.errors import AdapterError, ConfigError
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
+from rlvr.trainers.engines import choose_engine
 from rlvr.trainers.vllm_weights import merge_apart
 
 pytestmark = pytest.mark.both
@@ -138,6 +139,38 @@ def test_a_trainer_beside_vllm_gives_weights_in_this_way(tmp_path, tokenizer, mo
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     layer = trainer.model.get_base_model().model.layers[0].mlp.up_proj
     assert not torch.equal(weights["model.layers.0.mlp.up_proj.weight"], layer.base_layer.weight)
+
+
+def test_a_server_is_sent_what_was_announced_to_it(monkeypatch):
+    """TRL walks over the weights once for their names and shapes, and at each sync again for their values."""
+    made, sent = generation(policy()), []
+    made.mode, made._weight_metadata, made.accelerator = "server", None, SimpleNamespace(is_main_process=True)
+    made.vllm_client = SimpleNamespace(
+        update_named_params=lambda metadata, weights: sent.append((metadata, list(weights))),
+        reset_prefix_cache=lambda: None,
+    )
+    merge_apart(made)
+    before = bits(made.model)
+    for _ in range(2):
+        made.sync_weights()
+    assert all(torch.equal(value, before[name]) for name, value in bits(made.model).items())
+    expected = copy.deepcopy(made.model).merge_and_unload().state_dict()
+    for metadata, weights in sent:
+        assert metadata == [(n, str(w.dtype).removeprefix("torch."), list(w.shape)) for n, w in weights]
+        assert {name for name, _ in weights} <= set(expected)
+        for name, value in weights:
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(("processes", "max_turns", "refused"), [(2, 3, True), (2, 1, False), (1, 3, False)])
+def test_turns_of_several_processes_on_one_server_are_refused(processes, max_turns, refused):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(use_vllm=True, vllm_mode="server"), env=SimpleNamespace(name="talk", max_turns=max_turns),
+        accelerator=SimpleNamespace(num_processes=processes), sample_with_trl=None, eos_token_ids=[],
+    )  # fmt: skip
+    says = "2 processes train with one vLLM server, and environment 'talk' has up to 3 turns"
+    with pytest.raises(ConfigError, match=says) if refused else contextlib.nullcontext():
+        assert choose_engine(trainer, "vllm").engine.name == "vllm"
 
 
 def test_half_precision_is_rounded_once():

@@ -74,7 +74,10 @@ def training_arguments(
         "use_cpu": not on_gpu,
         "use_vllm": settings.rollout_engine == "vllm",
     }
-    if settings.rollout_engine == "vllm":
+    if settings.vllm_server is not None:
+        arguments["vllm_mode"] = "server"
+        arguments["vllm_server_base_url"] = settings.vllm_server
+    elif settings.rollout_engine == "vllm":
         arguments["vllm_mode"] = "colocate"
         arguments["vllm_enable_sleep_mode"] = on_gpu  # its memory is given back while the policy trains
         arguments["vllm_gpu_memory_utilization"] = settings.gpu_memory_utilization or VLLM_MEMORY

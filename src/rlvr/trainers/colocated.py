@@ -14,8 +14,11 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What TRL sets for vLLM. In the next run of this process they would say that it is one of several."""
 
 
-def check_vllm_can_start() -> None:
+def check_vllm_can_start(*, server: bool = False) -> None:
     """
+    Args:
+        server: whether it runs elsewhere; TRL sends it weights through vLLM's own code, which is needed here too.
+
     Raises:
         ConfigError: vLLM is not installed, or was started in this process before.
     """
@@ -24,7 +27,7 @@ def check_vllm_can_start() -> None:
             "rollout_engine is 'vllm', and vLLM is not installed. Install it with 'pip install \"rlvr[vllm]\"', "
             "or use --rollout-engine auto."
         )
-    if _memory_of_an_earlier_vllm():
+    if not server and _memory_of_an_earlier_vllm():
         raise ConfigError(
             "rollout_engine is 'vllm', and an earlier run of this process started vLLM, which can be done once in a "
             "process. Restart, train with isolate=True, which takes a child process, or use rollout_engine='auto'."

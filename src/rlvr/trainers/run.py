@@ -322,7 +322,7 @@ def _check_services(settings: TrainSettings) -> None:
 
     chosen_trackers(settings.report_to)
     if settings.rollout_engine == "vllm":
-        check_vllm_can_start()
+        check_vllm_can_start(server=settings.vllm_server is not None)
     if settings.push_to_hub:
         given = settings.hub_model_id is not None
         option = "hub_model_id" if given else "run_name, which names the repository where hub_model_id is not given,"
