@@ -96,8 +96,11 @@ def print_run(run: Any) -> None:
     before, after = run.summary["eval_before"], run.summary["eval_after"]
     if after:
         console.print(metrics_table({"before": before, "after": after}))
+    shared = f"shared prompts saved {run.summary['token_ratio_saved']:.0%} of the training tokens"
     console.print(
         f"{counted(run.summary['steps'], 'step')} in {run.summary['seconds']:.0f} s · "
-        f"backend {run.summary['backend']} · rollouts by {run.summary['rollout_engine']}"
+        f"backend {run.summary['backend']} · rollouts by {run.summary['rollout_engine']} · "
+        f"{shared if run.summary['shared_prefix'] else 'no shared prompts in training'}",
+        soft_wrap=True,
     )
     console.print(f"Everything is in {run.folder}", soft_wrap=True)
