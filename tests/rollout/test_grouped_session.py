@@ -82,6 +82,23 @@ def test_one_engine_serves_rollouts_of_any_shape(model):
     assert completed(engine) == first
 
 
+@pytest.mark.parametrize(("tokens", "check_every"), [(62, 4), (63, 4), (127, 4), (50, 16), (63, 16)])
+def test_a_row_that_is_almost_full_ends_beside_one_that_begins(model, tokens, check_every):
+    """Their cache is a multiple of 64 tokens long, and a run of token steps goes on after the full row has ended."""
+    alone = completed(greedy(model), [[5, 6, 7], [8, 9]], tokens)
+    with greedy(model, check_every=check_every).open([[5, 6, 7], [8, 9]], max_completion_tokens=tokens) as session:
+        session.submit(0, [], tokens - 1)
+        turns = []
+        while session.pending:
+            turns += session.step()
+        session.submit(0, [], 1)
+        session.submit(1, [], tokens)
+        while session.pending:
+            turns += session.step()
+    first, last, other = (turn.token_ids for turn in turns)
+    assert [first + last, other] == alone
+
+
 @pytest.mark.parametrize("part", ["adapter", "base"])
 def test_weights_that_changed_between_rollouts_are_followed(part):
     base = tiny_model()

@@ -185,7 +185,8 @@ class Runner:
 
     def _run(self, steps: int) -> None:
         for step in range(1, steps + 1):
-            self.token_step(self._eager_plan(self.longest + step), len(self.rows))
+            total = min(self.longest + step, self.cache.shape.suffix_tokens)  # a row that is full stands still
+            self.token_step(self._eager_plan(total), len(self.rows))
 
     def _eager_plan(self, total: int) -> Decode:
         view = self.state.view(len(self.rows))
