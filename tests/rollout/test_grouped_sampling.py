@@ -5,7 +5,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
-from rlvr.rollout.engine import SamplingSettings
+from rlvr.rollout.engine import SamplingSettings, sample_all
 from rlvr.rollout.grouped import GroupedEngine
 from rlvr.rollout.grouped.sampling import draw, process
 from rlvr.testing.tiny import tiny_model
@@ -135,17 +135,12 @@ def test_the_engine_samples_the_models_distribution(name):
         assert chi_square(tokens, exact) < critical_value(max(1, int((exact > 0).sum()) - 1))
 
 
+def sample(engine):
+    return [turn.token_ids for turn in sample_all(engine, [[4, 5]] * 3, max_completion_tokens=8)]
+
+
 def test_seeds_repeat_and_rollouts_differ():
     model = tiny_model()
-
-    def sample(engine):
-        with engine.open([[4, 5]] * 3, max_completion_tokens=8) as session:
-            for index in range(3):
-                session.submit(index, [], 8)
-            turns = []
-            while session.pending:
-                turns += session.step()
-        return {turn.index: turn.token_ids for turn in turns}
 
     def engine(seed):
         return GroupedEngine(model, sampling=SamplingSettings(), eos_token_ids=(), seed=seed)
@@ -157,4 +152,14 @@ def test_seeds_repeat_and_rollouts_differ():
     assert first != sample(engine(2))
     one.reseed(1)
     assert sample(one) == first
-    assert len(set(map(tuple, first.values()))) == 3  # the rows of a group draw their own numbers
+    assert len(set(map(tuple, first))) == 3  # the rows of a group draw their own numbers
+
+
+def test_a_function_seeds_each_rollout():
+    seeds = iter([1, 7, 1])
+    model = tiny_model()
+    engine = GroupedEngine(model, sampling=SamplingSettings(), eos_token_ids=(), seed=lambda: next(seeds))
+    first, second, again = sample(engine), sample(engine), sample(engine)
+    assert first == again != second
+    assert first == sample(GroupedEngine(model, sampling=SamplingSettings(), eos_token_ids=(), seed=1))
+    assert list(seeds) == []  # none was asked for between

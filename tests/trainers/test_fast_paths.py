@@ -15,6 +15,8 @@ from rlvr.fused.lora import Together, _Lora
 from rlvr.fused.mlp import _MlpInput
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer, shared_prefix
+from rlvr.trainers.engines import rollout_seeds
+
 
 pytestmark = pytest.mark.both
 
@@ -212,6 +214,40 @@ def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
         assert seen == reference, choice
         for mine, other in zip(trained(trainer), trained(plain), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ["generate", "grouped"])
+def test_a_resumed_run_is_the_run_that_was_never_stopped(tmp_path, tokenizer, engine):
+    def completions(resume=None):
+        seen = []
+
+        def keep(completion_ids, **_):
+            seen.append([tuple(ids) for ids in completion_ids])
+            return distinct_tokens(completion_ids)
+
+        trainer = EnhancedGRPOTrainer(
+            model=tiny_model(), processing_class=tokenizer, reward_funcs=keep, peft_config=lora(),
+            args=grpo_config(tmp_path, max_steps=4, save_strategy="steps", save_steps=2), rollout_engine=engine,
+            train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return seen, trained(trainer)
+
+    whole, weights = completions()
+    rest, resumed = completions(resume=str(tmp_path / "checkpoint-2"))
+    assert len(whole) == 4
+    assert rest == whole[2:]
+    assert all(torch.equal(mine, other) for mine, other in zip(resumed, weights, strict=True))
+
+
+def test_rollouts_follow_from_torchs_seed_and_processes_differ():
+    def seeds(process_index):
+        torch.manual_seed(0)
+        draw = rollout_seeds(process_index)
+        return [draw() for _ in range(3)]
+
+    assert seeds(0) == seeds(0)
+    assert len({*seeds(0), *seeds(1)}) == 6
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -107,8 +108,19 @@ def _grouped(trainer: RolloutMixin) -> RolloutEngine:
         _unwrapped(trainer),
         sampling=sampling_settings(trainer.args),
         eos_token_ids=trainer.eos_token_ids,
-        seed=trainer.args.seed + trainer.accelerator.process_index,  # every process samples for itself
+        seed=rollout_seeds(trainer.accelerator.process_index),
     )
+
+
+def rollout_seeds(process_index: int) -> Callable[[], int]:
+    """Draws a seed for each rollout from torch's random numbers of the CPU.
+
+    Checkpoints hold those, so that a resumed run samples as one that was never stopped. Processes differ, also where
+    their random numbers are the same.
+    """
+    import torch
+
+    return lambda: int(torch.randint(2**62, (), device="cpu")) + process_index
 
 
 def _unwrapped(trainer: RolloutMixin) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from shutil import which
@@ -34,7 +34,8 @@ class GroupedEngine:
         model: a causal language model of transformers, with or without PEFT around it.
         sampling: how tokens are drawn; every option has the semantics of transformers' `generate`.
         eos_token_ids: tokens that end a turn; none: every turn uses up its tokens.
-        seed: of the engine's own random numbers, which go on from one rollout to the next.
+        seed: of the engine's own random numbers, which go on from one rollout to the next; or a function, asked for
+            the seed of each rollout when it is opened.
         merge_lora: run with adapters merged into the weights, which are restored afterwards bit for bit. In a dtype
             below float32 the merged weight is rounded, so log-probabilities differ a little from the training
             forward's; False applies adapters layer by layer, as training does, and is slower.
@@ -61,7 +62,7 @@ class GroupedEngine:
         *,
         sampling: SamplingSettings,
         eos_token_ids: Sequence[int],
-        seed: int = 0,
+        seed: int | Callable[[], int] = 0,
         merge_lora: bool = True,
         execution: Execution = "auto",
         compile_layers: bool | None = None,
@@ -84,7 +85,10 @@ class GroupedEngine:
         self._compile_layers = execution == "graphs" if compile_layers is None else compile_layers
         self._keep_memory = keep_memory and cuda
         self._check_every = check_every or (16 if cuda else 4)
-        self._generator = torch.Generator(device).manual_seed(seed)
+        self._generator = torch.Generator(device)
+        self._seed_of_rollout = seed if callable(seed) else None
+        if not callable(seed):
+            self.reseed(seed)
         self._runner: Runner | None = None
         self._fingerprint: tuple[Any, ...] = ()
 
@@ -105,6 +109,8 @@ class GroupedEngine:
             ConfigError: there is no prompt, one is empty, or `max_completion_tokens` is below 1.
         """
         _check(prompt_ids, max_completion_tokens)
+        if self._seed_of_rollout is not None:
+            self.reseed(self._seed_of_rollout())
         prompts, group_of = distinct(prompt_ids)
         shape = CacheShape.of(
             self._model.config,
