@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import nn
 
 from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped import GroupedEngine
-from rlvr.rollout.grouped.weights import causal_lm, mergeable, merged_lora, merged_weight
+from rlvr.rollout.grouped.weights import causal_lm, fingerprint, mergeable, merged_lora, merged_weight, rollout_mode
 from rlvr.testing.tiny import tiny_model
 
 GREEDY = SamplingSettings(temperature=0)
@@ -179,3 +179,40 @@ def test_tied_or_quantized_weights_stay_apart():
     with merged_lora(list(causal_lm(model).modules())):
         assert causal_lm(model).model.layers[0].self_attn.q_proj is layer
         assert causal_lm(model).model.layers[1].self_attn.q_proj is not layer
+
+
+APART = {  # what is not merged for a rollout
+    "dora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"),
+    "module-to-save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"], task_type="CAUSAL_LM"),
+    "tokens": LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[5, 6], task_type="CAUSAL_LM"),
+    "ia3": IA3Config(target_modules=["k_proj"], feedforward_modules=[], task_type="CAUSAL_LM"),
+    "loha": LoHaConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_graphs_are_made_anew_where_a_layer_uses_other_adapters(kind):
+    """A captured graph computes with the adapters that it was captured with."""
+    model = get_peft_model(tiny_model(), copy.deepcopy(APART[kind]))
+    model.add_adapter("other", copy.deepcopy(APART[kind]))
+
+    def found():
+        with rollout_mode(causal_lm(model)):
+            return fingerprint(causal_lm(model))
+
+    first = found()
+    assert found() == first
+    model.set_adapter("other")
+    second = found()
+    with model.disable_adapter():
+        assert len({first, second, found()}) == 3
+    assert found() == second
+    model.set_adapter("default")
+    assert found() == first
+
+
+def test_graphs_are_made_anew_where_an_adapter_is_scaled_otherwise():
+    model = get_peft_model(tiny_model(), copy.deepcopy(APART["loha"]))
+    first = fingerprint(causal_lm(model))
+    causal_lm(model).model.layers[1].self_attn.q_proj.set_scale("default", 3.0)
+    assert fingerprint(causal_lm(model)) != first

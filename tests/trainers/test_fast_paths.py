@@ -17,7 +17,6 @@ from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer, shared_prefix
 from rlvr.trainers.engines import rollout_seeds
 
-
 pytestmark = pytest.mark.both
 
 PROMPTS = ["say one", "count to twenty-two", "x", "what is the colour of the sky?"]

@@ -10,10 +10,13 @@ from typing import Any
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from rlvr.rollout.grouped.attention import ATTENTION_NAME
+
+PEFT_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # adapters of any kind; modules to save, trainable tokens
 
 
 def causal_lm(model: Any) -> Any:
@@ -123,14 +126,16 @@ def _dithered(total: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> tuple[Any, ...]:
-    """What a captured graph depends on beside the values of the weights: their addresses, and unmerged adapters."""
+    """What a captured graph depends on beside the values of the weights: their addresses, and how each layer of PEFT
+    that is not merged for the rollout uses its adapters."""
     modules = list(model.modules())
-    adapters = [
-        (tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.scaling.values()))
-        for layer in modules
-        if isinstance(layer, LoraLayer)
-    ]
+    adapters = [_adapters_in_use(layer) for layer in modules if isinstance(layer, PEFT_LAYERS)]
     return tuple(parameter.data_ptr() for parameter in _parameters(modules)), tuple(adapters)
+
+
+def _adapters_in_use(layer: Any) -> tuple[Any, ...]:
+    scaling = vars(layer).get("scaling", {})  # not every kind has one
+    return tuple(layer.active_adapters), layer.disable_adapters, tuple(layer.merged_adapters), tuple(scaling.items())
 
 
 def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
