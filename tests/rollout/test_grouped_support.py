@@ -111,6 +111,44 @@ def test_layers_that_read_another_configuration_are_refused():
         assert "self_attn has a configuration of its own, which is not model.config" in problem(model)
 
 
+@pytest.mark.parametrize("wrapper", ["model", "peft", "inside"])
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook"])
+def test_hooks_around_the_model_are_refused(wrapper, register):
+    model = tiny_model(layers=1)
+    if wrapper != "model":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    holder = model.get_base_model() if wrapper == "inside" else model
+    getattr(holder, register)(lambda *args: None)
+    name = "PeftModelForCausalLM" if wrapper == "peft" else "Qwen2ForCausalLM"
+    assert problem(model) == f"a forward hook is registered on {name}, which the engine would not call"
+
+
+def test_hooks_of_modules_that_are_called_are_taken():
+    model = tiny_model(layers=1)
+    model.enable_input_require_grads()  # as gradient checkpointing with adapters does
+    model.model.layers[0].register_forward_hook(lambda *args: None)
+    assert problem(model) is None
+
+
+@pytest.mark.parametrize("part", ["model.norm", "model.embed_tokens", "lm_head", "model.layers.0.input_layernorm"])
+def test_weights_of_several_dtypes_are_refused(part):
+    model = tiny_model(layers=1, tie_word_embeddings=False).to(torch.bfloat16)
+    assert problem(model) is None
+    model.get_submodule(part).float()
+    assert problem(model) == "the weights are of several dtypes: bfloat16, float32"
+
+
+def test_dtypes_that_are_brought_together_are_taken():
+    lora = LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    model = get_peft_model(tiny_model(layers=1, tie_word_embeddings=False).to(torch.bfloat16), lora)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16, torch.float32}  # of adapters
+    assert problem(model) is None
+    model = tiny_model(layers=1, tie_word_embeddings=False).to(torch.bfloat16)
+    head = model.lm_head.float()
+    head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight)
+    assert problem(model) is None
+
+
 def test_the_engine_refuses_what_it_cannot_run():
     with pytest.raises(UnsupportedSettingError, match="cannot run this model: qwen2 is a mixture of experts"):
         GroupedEngine(configured(num_experts=8), sampling=SamplingSettings(), eos_token_ids=())

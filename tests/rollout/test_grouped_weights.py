@@ -181,6 +181,23 @@ def test_tied_or_quantized_weights_stay_apart():
         assert causal_lm(model).model.layers[1].self_attn.q_proj is not layer
 
 
+@pytest.mark.parametrize("touched", ["layer", "part", "forward"])
+def test_a_layer_with_a_hook_or_another_forward_stays_apart(touched):
+    model = adapted()
+    plain = complete(model)
+    layer = causal_lm(model).model.layers[0].mlp.up_proj
+    own = layer.forward
+    if touched == "forward":
+        layer.forward = lambda x: 3 * own(x)
+    else:
+        target = layer if touched == "layer" else layer.lora_B["default"]
+        target.register_forward_hook(lambda module, inputs, output: 30 * output)
+    assert complete(model) == generated(model) != plain
+    with merged_lora(list(causal_lm(model).modules())):
+        assert causal_lm(model).model.layers[0].mlp.up_proj is layer
+        assert type(causal_lm(model).model.layers[1].mlp.up_proj) is nn.Linear
+
+
 APART = {  # what is not merged for a rollout
     "dora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True, task_type="CAUSAL_LM"),
     "module-to-save": LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"], task_type="CAUSAL_LM"),

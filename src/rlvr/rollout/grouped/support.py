@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped.weights import causal_lm
@@ -19,12 +22,12 @@ def unsupported(model: Any, sampling: SamplingSettings) -> str | None:
     Every option of `SamplingSettings` is supported.
     """
     del sampling
-    if (problem := _peft_problem(model)) is not None:
+    if (problem := _peft_problem(model) or _hook_problem(model)) is not None:
         return problem
     model = causal_lm(model)
     checks = (
         *(_wrapper_problem, _patch_problem, _architecture_problem, _position_problem),
-        *(configuration_problem, _placement_problem),
+        *(configuration_problem, _placement_problem, _dtype_problem),
     )
     return next((problem for check in checks if (problem := check(model)) is not None), None)
 
@@ -53,6 +56,15 @@ def _peft_problem(model: Any) -> str | None:
             return f"{kind} puts virtual tokens in front of the prompt"
         if getattr(config, "alora_invocation_tokens", None) or kind in ("XLORA", "POLY"):
             return f"{kind} adapters that depend on the input"
+    return None
+
+
+def _hook_problem(model: Any) -> str | None:
+    """The engine calls the decoder and the head, and so no hook of the model around them."""
+    inner = causal_lm(model)
+    for module in (*takewhile(lambda module: module is not inner, model.modules()), inner):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook is registered on {type(module).__name__}, which the engine would not call"
     return None
 
 
@@ -114,4 +126,24 @@ def _placement_problem(model: Any) -> str | None:
         return f"the weights are on {', '.join(sorted(map(str, devices)))}; one CPU or one CUDA device is needed"
     if next(iter(devices)).type == "cuda" and torch.version.hip is not None:
         return "it is not tested on ROCm"
+    return None
+
+
+def _dtype_problem(model: Any) -> str | None:
+    """A rollout runs without autocast, which would bring weights of several dtypes together.
+
+    Adapters do that by themselves, and so does a head that TRL keeps in float32 (`cast_lm_head_to_fp32`), by a forward
+    of its own. Quantized weights are not looked at.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    holders = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+    adapters = {part for holder in holders if isinstance(holder, nn.Module) for part in holder.modules()}
+    weights = [
+        module._parameters.get("weight")
+        for module in model.modules()
+        if module not in adapters and "forward" not in vars(module)
+    ]
+    dtypes = {w.dtype for w in weights if w is not None and w.is_floating_point() and w.dtype.itemsize > 1}
+    if len(dtypes) > 1:
+        return f"the weights are of several dtypes: {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
     return None

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from rlvr.fused.lora import is_untouched
 from rlvr.rollout.grouped.attention import ATTENTION_NAME
 
 PEFT_LAYERS = (BaseTunerLayer, AuxiliaryTrainingWrapper)  # adapters of any kind; modules to save, trainable tokens
@@ -61,7 +62,8 @@ def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Merges every LoRA layer that can be into its base weight, in place, and takes the wrapper out of the model.
 
     In place, so that captured CUDA graphs, which know weights by address, go on working from one rollout to the next.
-    Layers that cannot be merged exactly (`mergeable`) stay wrapped and apply their adapter in every forward.
+    Layers that cannot be merged exactly (`mergeable`), or that somebody has put a hook or another forward on, stay
+    wrapped and apply their adapter in every forward.
 
     Args:
         modules: all of the model's, itself the first.
@@ -72,7 +74,7 @@ def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
         for parent in modules:
             children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
             for name, layer in list(children.items()):
-                if not mergeable(layer) or layer.base_layer.weight in tied:
+                if not mergeable(layer) or _is_touched(layer) or layer.base_layer.weight in tied:
                     continue
                 weight = layer.base_layer.weight
                 room -= weight.nbytes
@@ -94,6 +96,12 @@ def mergeable(layer: Any) -> bool:
         and not any(layer.lora_variant.get(name) for name in layer.active_adapters)
         and not any(layer.lora_bias.get(name) for name in layer.active_adapters)
     )
+
+
+def _is_touched(layer: Any) -> bool:
+    """Whether there is a hook, or a forward that is not its class's own, on what merging takes out of the model."""
+    parts = [part[name] for name in layer.active_adapters for part in (layer.lora_A, layer.lora_B) if name in part]
+    return not all(map(is_untouched, (layer, *parts)))
 
 
 def merged_weight(layer: Any) -> Tensor:
