@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from tests_support import grpo_config
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
+from rlvr.errors import UnsupportedSettingError
 from rlvr.fused.layers import _RmsNorm
 from rlvr.fused.lora import Together, _Lora
 from rlvr.fused.mlp import _MlpInput
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer, shared_prefix
-from rlvr.trainers.engines import rollout_seeds
+from rlvr.trainers.engines import OF_GENERATE, rollout_seeds
 
 pytestmark = pytest.mark.both
 
@@ -213,6 +217,65 @@ def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
         assert seen == reference, choice
         for mine, other in zip(trained(trainer), trained(plain), strict=True):
             torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+OWN_OPTIONS = {
+    "no_repeat_ngram_size": 1,
+    "suppress_tokens": list(range(3, 200)),
+    "bad_words_ids": [[token] for token in range(3, 200)],
+    "min_new_tokens": 7,
+    "min_p": 0.9,
+    "forced_eos_token_id": 2,
+}
+
+
+@pytest.mark.parametrize("option", OWN_OPTIONS)
+def test_what_a_model_generates_with_is_kept(tmp_path, tokenizer, option, caplog):
+    """TRL's `generate` takes from the model's own generation config what the arguments leave open."""
+
+    def completions(trainer_class, **arguments):
+        seen = []
+
+        def keep(completion_ids, **_):
+            seen.append([tuple(ids) for ids in completion_ids])
+            return [0.0] * len(completion_ids)
+
+        model = tiny_model()
+        setattr(model.generation_config, option, OWN_OPTIONS[option])
+        trainer = trainer_class(
+            model=model, processing_class=tokenizer, reward_funcs=keep, args=grpo_config(tmp_path, max_steps=1),
+            train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}]), **arguments,
+        )  # fmt: skip
+        trainer.train()
+        return seen
+
+    with caplog.at_level("WARNING", logger="rlvr"):
+        assert completions(EnhancedGRPOTrainer) == completions(trl.GRPOTrainer)
+    reason = f"the model's generation config sets {option}, which only transformers' generate follows"
+    line = f"rollouts use plain generate, not the grouped engine: {reason}."
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    with pytest.raises(UnsupportedSettingError, match=f"cannot be used: {reason}"):
+        completions(EnhancedGRPOTrainer, rollout_engine="grouped")
+
+
+def test_options_that_trl_gives_or_that_do_nothing_keep_the_grouped_engine(tmp_path, tokenizer):
+    model = tiny_model()
+    qwen = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "repetition_penalty": 1.05}
+    for name, value in {**OF_GENERATE, **qwen}.items():
+        setattr(model.generation_config, name, value)
+    trainer = EnhancedGRPOTrainer(
+        model=model, processing_class=tokenizer, reward_funcs=distinct_tokens, args=grpo_config(tmp_path),
+        train_dataset=Dataset.from_list([{"prompt": PROMPTS[0]}]),
+    )  # fmt: skip
+    assert trainer.engine.name == "grouped"
+
+
+def test_every_option_that_transformers_makes_a_processor_of_is_known():
+    read = set(re.findall(r"generation_config\.(\w+)", inspect.getsource(GenerationMixin._get_logits_processor)))
+    given = {"do_sample", "temperature", "top_p", "repetition_penalty", "max_length", "_eos_token_tensor"}
+    harmless = {"use_cache", "remove_invalid_values", "renormalize_logits"}  # the last two where logits are finite
+    assert len(read) > 20
+    assert read <= {*OF_GENERATE, *given, *harmless}
 
 
 @pytest.mark.parametrize("engine", ["generate", "grouped"])

@@ -16,6 +16,34 @@ if TYPE_CHECKING:
 RolloutEngineName = Literal["auto", "generate", "grouped", "vllm"]
 ENGINES = ("auto", "generate", "grouped", "vllm")
 
+OF_GENERATE: dict[str, Any] = {
+    "top_k": 0,
+    "min_p": 0.0,
+    "top_h": None,
+    "typical_p": 1.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "guidance_scale": 1.0,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1.0,
+    "bad_words_ids": [],
+    "suppress_tokens": [],
+    "begin_suppress_tokens": [],
+    "sequence_bias": {},
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "exponential_decay_length_penalty": None,
+    "watermarking_config": None,
+    "num_beams": 1,
+    "max_time": None,
+}
+"""Options of transformers' `GenerationConfig` that change what is sampled, each with the value that does nothing, as
+None does not either. `generate` takes from the model's own what TRL's leaves open: temperature, top-p and repetition
+penalty never, min-p and top-k where they are None."""
+
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -92,7 +120,22 @@ def grouped_problem(trainer: RolloutMixin) -> str | None:
         return problem
     if not hasattr(trainer.processing_class, "convert_tokens_to_ids"):
         return "the model reads images or sound"
-    return GroupedEngine.unsupported(_unwrapped(trainer), sampling_settings(args))
+    model = _unwrapped(trainer)
+    if (problem := GroupedEngine.unsupported(model, sampling_settings(args))) is not None:
+        return problem
+    if own := generate_options(model.generation_config, given=trainer.generation_config):
+        return f"the model's generation config sets {', '.join(own)}, which only transformers' generate follows"
+    return None
+
+
+def generate_options(own: Any, *, given: Any) -> list[str]:
+    """Names of the options that `generate` takes from a model's `own` generation config, and that change what it
+    samples, where it is `given` another."""
+    return [
+        name
+        for name, idle in OF_GENERATE.items()
+        if getattr(given, name, None) is None and getattr(own, name, None) not in (None, idle)
+    ]
 
 
 def _plain(trainer: RolloutMixin, name: str = "generate") -> RolloutEngine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,8 @@ def sampling_settings(settings: TrainSettings, temperature: float) -> SamplingSe
 def sampling_engine(
     policy: LoadedPolicy, sampling: SamplingSettings, *, asked: str = "auto", batch_size: int = BATCH_SIZE
 ) -> Callable[[int], RolloutEngine]:
-    """What samples outside training, for each seed: the grouped engine where it can run the model, else `generate`.
+    """What samples outside training, for each seed: the grouped engine where it can run the model, else `generate`,
+    of which a warning says why.
 
     Raises:
         UnsupportedSettingError: "grouped" was asked for, and cannot run the model.
@@ -105,7 +107,11 @@ def sampling_engine(
     from rlvr.rollout.grouped import GroupedEngine
 
     ends = end_token_ids(policy.model, policy.tokenizer)
-    if asked == "grouped" or (asked != "generate" and GroupedEngine.unsupported(policy.model, sampling) is None):
+    either = asked not in ("generate", "grouped")
+    problem = GroupedEngine.unsupported(policy.model, sampling) if either else None
+    if problem is not None:
+        _say_once(problem)
+    elif asked != "generate":
         grouped = GroupedEngine(policy.model, sampling=sampling, eos_token_ids=sorted(ends), max_rows=batch_size)
 
         def grouped_engine(seed: int) -> RolloutEngine:
@@ -119,6 +125,12 @@ def sampling_engine(
         return GenerateEngine(generate, end_token_ids=ends)
 
     return plain_engine
+
+
+@cache
+def _say_once(problem: str) -> None:
+    """A run evaluates many times."""
+    logger.warning("outside training plain generate samples, not the grouped engine: %s.", problem)
 
 
 def checked_settings(

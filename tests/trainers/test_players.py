@@ -1,0 +1,37 @@
+"""What samples outside training."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from rlvr.errors import UnsupportedSettingError
+from rlvr.rollout.engine import SamplingSettings
+from rlvr.testing.tiny import tiny_model
+from rlvr.trainers.players import sampling_engine
+
+
+@pytest.fixture
+def policy(tokenizer):
+    return SimpleNamespace(model=tiny_model(layers=1), tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize("asked", ["auto", "vllm"])
+def test_plain_generate_where_grouped_cannot_run_says_why_once(policy, asked, caplog):
+    policy.model.config.model_type = f"odd-{asked}"  # each reason is said once in a process
+    names = [sampling_engine(policy, SamplingSettings(), asked=asked)(0).name for _ in range(2)]
+    assert names == ["generate", "generate"]
+    (record,) = caplog.records
+    assert record.getMessage().startswith(
+        f"outside training plain generate samples, not the grouped engine: Qwen2ForCausalLM (odd-{asked}) is not among"
+    )
+
+
+def test_what_was_asked_for_is_taken_without_a_word(policy, caplog):
+    expected = {"auto": "grouped", "grouped": "grouped", "generate": "generate"}
+    for asked, name in expected.items():
+        assert sampling_engine(policy, SamplingSettings(), asked=asked)(0).name == name
+    policy.model.config.model_type = "odd"
+    assert sampling_engine(policy, SamplingSettings(), asked="generate")(0).name == "generate"
+    assert not caplog.records
+    with pytest.raises(UnsupportedSettingError, match=r"\(odd\) is not among"):
+        sampling_engine(policy, SamplingSettings(), asked="grouped")
