@@ -129,8 +129,8 @@ def grouped_problem(trainer: RolloutMixin) -> str | None:
 
 
 def generate_options(own: Any, *, given: Any) -> list[str]:
-    """Names of the options that `generate` takes from a model's `own` generation config, and that change what it
-    samples, where it is `given` another."""
+    """Names of the options that change what `generate` samples, and that it takes from a model's `own` generation
+    config because the one it is `given` leaves them open."""
     return [
         name
         for name, idle in OF_GENERATE.items()

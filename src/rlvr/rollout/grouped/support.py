@@ -22,14 +22,14 @@ def unsupported(model: Any, sampling: SamplingSettings) -> str | None:
     Every option of `SamplingSettings` is supported.
     """
     del sampling
-    if (problem := _peft_problem(model) or _hook_problem(model)) is not None:
+    if (problem := _peft_problem(model)) is not None:
         return problem
-    model = causal_lm(model)
+    inner = causal_lm(model)
     checks = (
         *(_wrapper_problem, _patch_problem, _architecture_problem, _position_problem),
         *(configuration_problem, _placement_problem, _dtype_problem),
     )
-    return next((problem for check in checks if (problem := check(model)) is not None), None)
+    return next((problem for check in checks if (problem := check(inner)) is not None), None) or _hook_problem(model)
 
 
 def configuration_problem(model: Any) -> str | None:
@@ -56,15 +56,6 @@ def _peft_problem(model: Any) -> str | None:
             return f"{kind} puts virtual tokens in front of the prompt"
         if getattr(config, "alora_invocation_tokens", None) or kind in ("XLORA", "POLY"):
             return f"{kind} adapters that depend on the input"
-    return None
-
-
-def _hook_problem(model: Any) -> str | None:
-    """The engine calls the decoder and the head, and so no hook of the model around them."""
-    inner = causal_lm(model)
-    for module in (*takewhile(lambda module: module is not inner, model.modules()), inner):
-        if module._forward_hooks or module._forward_pre_hooks:
-            return f"a forward hook is registered on {type(module).__name__}, which the engine would not call"
     return None
 
 
@@ -146,4 +137,13 @@ def _dtype_problem(model: Any) -> str | None:
     dtypes = {w.dtype for w in weights if w is not None and w.is_floating_point() and w.dtype.itemsize > 1}
     if len(dtypes) > 1:
         return f"the weights are of several dtypes: {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
+    return None
+
+
+def _hook_problem(model: Any) -> str | None:
+    """The engine calls the decoder and the head, and so no hook of the model around them."""
+    inner = causal_lm(model)
+    for module in (*takewhile(lambda module: module is not inner, model.modules()), inner):
+        if module._forward_hooks or module._forward_pre_hooks:
+            return f"a forward hook is registered on {type(module).__name__}, which the engine would not call"
     return None

@@ -100,8 +100,9 @@ def mergeable(layer: Any) -> bool:
 
 def _is_touched(layer: Any) -> bool:
     """Whether there is a hook, or a forward that is not its class's own, on what merging takes out of the model."""
-    parts = [part[name] for name in layer.active_adapters for part in (layer.lora_A, layer.lora_B) if name in part]
-    return not all(map(is_untouched, (layer, *parts)))
+    parts = (layer.lora_dropout, layer.lora_A, layer.lora_B)
+    in_use = [part[name] for name in layer.active_adapters for part in parts if name in part]
+    return not all(map(is_untouched, (layer, *in_use)))
 
 
 def merged_weight(layer: Any) -> Tensor:
