@@ -109,7 +109,10 @@ class TrainSettings:
         ROLLOUTS,
     )
     canary_every: int = option(
-        0, "steps between checks that sampler and policy agree; 0: once at the start", ROLLOUTS, least=0
+        0,
+        "steps between checks that the sampler follows the policy; 0: after 0, 1, 10, 100, ... steps",
+        ROLLOUTS,
+        least=0,
     )
 
     batch_size: int | None = option(

@@ -1,11 +1,20 @@
-"""The canary's own arithmetic; that it stops a run is tested with the trainer."""
+"""The canary: its arithmetic, what stops a run, and what does not."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import Dataset
+from peft import LoraConfig
+from tests_support import grpo_config
 
-from rlvr.trainers.canary import _completions_of, bound_of
+import rlvr
+from rlvr.errors import ConfigError, SamplerDriftError
+from rlvr.rollout.grouped import GroupedEngine, weights
+from rlvr.testing.tiny import tiny_model, tiny_tokenizer
+from rlvr.trainers import EnhancedGRPOTrainer
+from rlvr.trainers.canary import _TILTS, _completions_of, bound_of, chance, cumulants, entropy
 
 
 def test_columns_of_unsloths_trainer_are_found():
@@ -34,3 +43,231 @@ def test_the_bound_is_that_of_the_coarsest_dtype(weights, bf16, fp16, bound):
     assert bound_of(SimpleNamespace(model=model, args=args, use_vllm=False)) == bound
     halved = 1e-1 if weights == torch.float32 else bound  # vLLM samples from float32 weights in bfloat16
     assert bound_of(SimpleNamespace(model=model, args=args, use_vllm=True)) == halved
+
+
+# Whether tokens are the policy's, from the tokens alone.
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 10.0])  # of the logits: from nearly uniform to nearly certain
+def test_cumulants_are_those_of_the_log_probability(scale):
+    logprobs = (scale * torch.randn(3, 11, generator=torch.Generator().manual_seed(0)).double()).log_softmax(-1)
+    found = cumulants(logprobs)
+    for row, distribution in enumerate(logprobs.tolist()):
+        mean = sum(math.exp(value) * value for value in distribution)
+        for column, tilt in enumerate(_TILTS):
+            expected = math.log(sum(math.exp(value) * math.exp(tilt * (value - mean)) for value in distribution))
+            assert found[row, column].item() == pytest.approx(expected, abs=1e-12)
+    assert torch.equal(entropy(torch.tensor([0.0, -math.inf])), torch.tensor(0.0))
+
+
+@pytest.mark.parametrize("scale", [0.3, 2.0, 10.0])
+@pytest.mark.parametrize("tokens", [5, 400])
+def test_own_samples_stay_within_chance_and_those_of_another_do_not(scale, tokens):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        logprobs = (scale * torch.randn(tokens, 40, generator=generator)).log_softmax(-1)
+        below, above = chance(cumulants(logprobs))
+        mean = _mean_of_samples(logprobs, logprobs, generator) + entropy(logprobs).mean().item()
+        assert -below < mean < above
+        if tokens == 400 and scale > 1:
+            strangers = (scale * torch.randn(tokens, 40, generator=generator)).log_softmax(-1)
+            assert _mean_of_samples(strangers, logprobs, generator) + entropy(logprobs).mean().item() < -below
+            sharper = (2 * logprobs).log_softmax(-1)
+            assert scale > 5 or _mean_of_samples(sharper, logprobs, generator) + entropy(logprobs).mean() > above
+
+
+def _mean_of_samples(drawn_from, logprobs, generator):
+    ids = torch.multinomial(drawn_from.exp(), 1, generator=generator)
+    return logprobs.gather(1, ids).mean().item()
+
+
+# That it stops runs.
+
+ENGINES = [
+    pytest.param("grouped", {}, id="grouped"),
+    pytest.param("generate", {}, id="generate"),
+    pytest.param("generate", {"top_k": 20}, id="generate, top-k"),
+    pytest.param("generate", {"temperature": 0.7}, id="generate, cold"),
+    pytest.param("generate", {"bf16": True}, id="generate, bfloat16"),
+    pytest.param(
+        "auto", {"use_transformers_continuous_batching": True}, id="continuous batching", marks=pytest.mark.slow
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture
+def sampled_by(monkeypatch):
+    """`sampled_by(model)`: from now on engines sample from it, whatever the policy is."""
+    from trl.trainer import grpo_trainer
+
+    def use(other):
+        engine = GroupedEngine.__init__
+        own = grpo_trainer.GRPOTrainer._generate_single_turn
+
+        def generate(self, *args, **kwargs):
+            policy, self.model_wrapped = self.model_wrapped, other
+            try:
+                return own(self, *args, **kwargs)
+            finally:
+                self.model_wrapped = policy
+
+        monkeypatch.setattr(GroupedEngine, "__init__", lambda self, _, **options: engine(self, other, **options))
+        monkeypatch.setattr(grpo_trainer.GRPOTrainer, "_generate_single_turn", generate)
+
+    return use
+
+
+def policy(seed=0):
+    return tiny_model(initializer_range=0.2, seed=seed)
+
+
+def trainer_of(folder, *, model=None, processing_class=None, env=None, steps=1, config=None, **arguments):
+    rewards = {} if env else {"reward_funcs": lambda completion_ids, **_: [float(len(set(i))) for i in completion_ids]}
+    return EnhancedGRPOTrainer(
+        model=model or policy(), processing_class=processing_class or tiny_tokenizer(), env=env,
+        train_dataset=None if env else Dataset.from_list([{"prompt": prompt} for prompt in ("a", "bb")]),
+        args=grpo_config(
+            folder,
+            **{
+                "max_steps": steps, "per_device_train_batch_size": 16, "num_generations": 8,
+                "max_completion_length": 32, **(config or {}),
+            },
+        ),
+        **rewards, **arguments,
+    )  # fmt: skip
+
+
+def checked_at(trainer):
+    return [row["step"] - 1 for row in trainer.state.log_history if "sampler_drift" in row]
+
+
+@pytest.mark.parametrize(("engine", "config"), ENGINES)
+def test_an_engine_that_samples_from_the_policy_trains(tmp_path, engine, config):
+    trainer = trainer_of(tmp_path, rollout_engine=engine, config=config)
+    trainer.train()
+    assert checked_at(trainer) == [0]
+
+
+@pytest.mark.parametrize(("engine", "config"), ENGINES)
+def test_an_engine_that_samples_from_another_model_stops_the_run(tmp_path, sampled_by, engine, config):
+    sampled_by(policy(seed=7))
+    with pytest.raises(SamplerDriftError, match="does not sample from the policy that is trained"):
+        trainer_of(tmp_path, rollout_engine=engine, config=config).train()
+
+
+def test_an_environments_turns_are_checked_where_generate_samples_them(tmp_path, sampled_by):
+    env = rlvr.Environment(
+        name="e",
+        train_dataset=[{"question": "a"}] * 2,
+        rubric=rlvr.Rubric(lambda trajectory: float(len(trajectory.text))),
+    )
+    trainer = trainer_of(tmp_path / "own", env=env, rollout_engine="generate")
+    trainer.train()
+    assert checked_at(trainer) == [0]
+    sampled_by(policy(seed=7))
+    with pytest.raises(SamplerDriftError, match=r"'generate' does not .* mean log-probability of .* would have"):
+        trainer_of(tmp_path / "other", env=env, rollout_engine="generate").train()
+
+
+@pytest.mark.parametrize(("seed", "warned"), [(0, False), (7, True)])
+def test_a_rollout_func_is_warned_about(tmp_path, caplog, seed, warned):
+    """It may sample as it likes. The first token is its own, and says so."""
+    sampler = policy(seed)
+
+    def rollout_func(prompts, trainer):
+        ids = trainer.processing_class(prompts)["input_ids"]
+        rows = [sampler.generate(torch.tensor([[*row, 5]]), do_sample=True, max_new_tokens=20, top_k=0) for row in ids]
+        completions = [found[0, len(row) :] for found, row in zip(rows, ids, strict=True)]
+        masks = [torch.tensor([0] + [1] * (len(row) - 1)) for row in completions]
+        return {"prompt_ids": ids, "completion_ids": completions, "logprobs": None, "env_mask": masks}
+
+    trainer_of(tmp_path, rollout_func=rollout_func).train()
+    assert ("the given rollout_func does not sample from the policy" in caplog.text) is warned
+
+
+def test_what_cannot_be_checked_is_said_once(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, rollout_engine="generate", steps=2, config={"repetition_penalty": 1.3})
+    trainer.train()
+    assert checked_at(trainer) == []
+    assert caplog.text.count("is not checked: repetition_penalty and generation_kwargs") == 1
+
+
+@pytest.mark.parametrize(("every", "steps"), [(0, [0, 1, 10]), (5, [0, 5, 10])])
+def test_when_it_looks(tmp_path, every, steps):
+    trainer = trainer_of(tmp_path, canary_every=every, steps=12, config={"max_completion_length": 4})
+    trainer.train()
+    assert checked_at(trainer) == steps
+
+
+def test_a_negative_number_of_steps_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="canary_every is -1; allowed"):
+        trainer_of(tmp_path, canary_every=-1)
+
+
+def test_an_adapter_that_never_reaches_the_sampler_stops_the_run(tmp_path, monkeypatch):
+    """A fresh one adds nothing: it is missed as soon as it does."""
+    monkeypatch.setattr(weights, "merged_weight", lambda layer: layer.base_layer.weight.detach().clone())
+    lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    trainer = trainer_of(tmp_path, peft_config=lora, steps=3, rollout_engine="grouped")
+    with pytest.raises(SamplerDriftError, match="'grouped' does not sample from the policy"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+# A processor in the place of the tokenizer.
+
+PARTS_ONLY = (
+    "{% for m in messages %}{% for part in m['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "<|im_end|>{% endfor %}"
+)
+
+
+@pytest.fixture
+def llava():
+    """(model, processor): text and images, tiny."""
+    pytest.importorskip("PIL")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image = tokenizer.image_token_id = tokenizer.convert_tokens_to_ids("<image>")
+    tokenizer.image_token = "<image>"
+    size = {"height": 16, "width": 16}
+    processor = transformers.LlavaProcessor(
+        image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
+        tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=PARTS_ONLY,
+        image_token="<image>", num_additional_image_tokens=1,
+    )  # fmt: skip
+    layers = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**layers, image_size=16, patch_size=8),
+        text_config=transformers.LlamaConfig(
+            **layers, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, bos_token_id=None
+        ),
+        image_token_index=image,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration(config), processor
+
+
+def test_a_processor_with_text_is_checked(tmp_path, llava):
+    model, processor = llava
+    trainer = trainer_of(tmp_path, model=model, processing_class=processor)
+    trainer.train()
+    assert checked_at(trainer) == [0]
+
+
+def test_a_processor_plays_an_environment_of_text(tmp_path, llava):
+    model, processor = llava
+    env = rlvr.Environment(
+        name="e",
+        train_dataset=[{"question": "one?"}] * 2,
+        rubric=rlvr.Rubric(lambda trajectory: float(len(trajectory.text))),
+    )
+    records = []
+    trainer = trainer_of(tmp_path, model=model, processing_class=processor, env=env, trajectory_sinks=[records.extend])
+    given = []
+    own = trainer.sample_with_trl
+    trainer.engine.generate = lambda ids, limits: given.extend(ids) or own(ids, limits)
+    trainer.train()
+    assert checked_at(trainer) == [0]
+    assert {processor.tokenizer.decode(ids) for ids in given} == {"one?<|im_end|>"}
+    assert len(records) == 16

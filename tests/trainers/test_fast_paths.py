@@ -148,7 +148,7 @@ def test_attention_is_kept_for_the_backward_pass_of_checkpointed_blocks_alone(
     monkeypatch.setattr(shared_prefix, "shared_prefix_logps", heard)
     config = {"gradient_checkpointing": checkpoints, "max_steps": 1, "beta": 0.1}
     run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", peft_config=lora(), config=config)
-    assert kept == [False] * 3 + [checkpoints] * 3  # of the reference, and of the micro-batches
+    assert kept == [False] * 4 + [checkpoints] * 3  # of the canary and the reference, and of the micro-batches
 
 
 def test_prompts_reach_trl_as_arrays_once_for_their_group(tmp_path, tokenizer):
@@ -385,8 +385,8 @@ def test_fused_layers_train_the_same_and_stay_out_of_everything_else(tmp_path, t
     assert not any(fused_calls.values())
     fused = train(True)
     assert all(fused_calls.values())
-    # the canary, and in each of 3 steps the reference and 3 micro-batches, which checkpointing computes twice
-    forwards, groups_of_layers = 1 + 3 * (1 + 3), 2 * 4
+    # the canary twice, and in each of 3 steps the reference and 3 micro-batches, which checkpointing computes twice
+    forwards, groups_of_layers = 2 + 3 * (1 + 3), 2 * 4
     assert len(found) == forwards * groups_of_layers
     assert logged(fused, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4, abs=2e-6)
     for mine, other in zip(trained(fused), trained(plain), strict=True):

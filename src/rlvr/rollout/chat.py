@@ -27,6 +27,7 @@ class ChatRenderer:
         tools: the environment's functions, or their JSON schemas.
         chat_template: a Jinja template instead of the tokenizer's own.
         chat_template_kwargs: more variables for the template, for example `{"enable_thinking": False}`.
+        content_parts: whether the template is given contents as lists of parts, as those of processors read them.
 
     Raises:
         ModelError: there is no chat template.
@@ -40,6 +41,7 @@ class ChatRenderer:
         tools: Sequence[Callable[..., Any] | Mapping[str, Any]] = (),
         chat_template: str | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        content_parts: bool = False,
     ):
         if not (chat_template or getattr(tokenizer, "chat_template", None)):
             raise ModelError(
@@ -50,6 +52,7 @@ class ChatRenderer:
         self.tools = [schema_of(tool) for tool in tools]
         self.chat_template = chat_template
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.content_parts = content_parts
         if self.tools:
             self._check_tools()
 
@@ -148,7 +151,7 @@ class ChatRenderer:
 
         try:
             return self.tokenizer.apply_chat_template(
-                list(messages),
+                [_in_parts(message) for message in messages] if self.content_parts else list(messages),
                 tools=self.tools or None,
                 chat_template=self.chat_template,
                 add_generation_prompt=add_generation_prompt,
@@ -165,6 +168,11 @@ class ChatRenderer:
     @property
     def _template_name(self) -> str:
         return "the chat_template" if self.chat_template else f"the chat template of {_name(self.tokenizer)!r}"
+
+
+def _in_parts(message: Message) -> dict[str, Any]:
+    text = message.get("content")
+    return {**message, "content": [{"type": "text", "text": text}] if text else []}
 
 
 def _user() -> Message:

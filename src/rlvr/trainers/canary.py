@@ -1,12 +1,21 @@
-"""Whether what samples is the policy that is trained: rollout log-probabilities against the training forward's.
+"""Whether what samples is the policy that is trained.
 
 A sampler that does not follow the policy (weights that were not synchronised, an adapter that was not merged, another
-dtype, another chat template) trains without a complaint, on the wrong distribution.
+dtype, another chat template) trains without a complaint, on the wrong distribution. Two checks:
+
+- `check_sampler`, where the engine gives log-probabilities: they are compared with the training forward's.
+- `check_samples`, where it gives none, or of another distribution: from the sampled tokens alone.
+
+They see what exceeds `BOUNDS`, the second what exceeds chance too. A lost adapter is seen once it has moved
+log-probabilities by more: by 0.001 nats in float32, which takes a few steps, and by 0.1 nats in bfloat16, which takes
+many at a small learning rate; a fresh adapter does nothing and cannot be missed. Whether a sampler is nearer to the
+policy without its adapter is no test in bfloat16: merging a small adapter into such weights rounds it away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +29,13 @@ if TYPE_CHECKING:
 BOUNDS = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Mean absolute difference of log-probabilities, in nats, above which a run stops, by the dtype that they are computed
 in. Rounding alone stays an order of magnitude below."""
+
+FALSE_ALARMS = 1e-6
+"""Of the checks of sound samples at most this share stops a run: about as many as are 5 standard errors off."""
+
+_ROWS, _TOKENS_OF_A_ROW = 16, 64  # what `check_samples` looks at
+
+_TILTS = tuple(sign * 2.0**-power for sign in (-1, 1) for power in range(1, 7))
 
 
 def computed_in(trainer: Any) -> torch.dtype:
@@ -60,21 +76,28 @@ def check_sampler(
     completion_ids: list[list[int]],
     sampled_mask: list[list[int]],
     logprobs: list[list[float]],
+    *,
+    sampler: str | None = None,
 ) -> Drift:
-    """Recomputes the log-probabilities of a few rollouts.
+    """Recomputes the log-probabilities of the few shortest rollouts.
 
     Args:
         trainer: its policy must not have been trained since the rollout.
-        sampled_mask: 1 for sampled tokens; the others are not compared.
+        sampled_mask: 1 for sampled tokens, of which there are some; the others are not compared.
         logprobs: as the rollout gave them, at the sampling temperature, in nats.
+        sampler: what gave them; by default the trainer's engine.
 
     Raises:
         SamplerDriftError: they differ by more than rounding explains; names both numbers.
     """
     from trl.trainer.utils import pad
 
+    rows = [row for row, mask in enumerate(sampled_mask) if any(mask)]
+    rows = sorted(rows, key=lambda row: len(prompt_ids[row]) + len(completion_ids[row]))[:4]  # it should cost little
+    prompt_ids, completion_ids = [prompt_ids[row] for row in rows], [completion_ids[row] for row in rows]
+    sampled_mask, logprobs = [sampled_mask[row] for row in rows], [logprobs[row] for row in rows]
     device = trainer.accelerator.device
-    padding = trainer.processing_class.pad_token_id
+    padding = trainer._tokenizer.pad_token_id
 
     def padded(rows: list[list[Any]], value: int, side: str) -> torch.Tensor:
         return pad([torch.tensor(row) for row in rows], padding_value=value, padding_side=side).to(device)
@@ -101,7 +124,7 @@ def check_sampler(
     bound = bound_of(trainer)
     if not drift.mean_difference <= bound:  # also when it is not a number
         raise SamplerDriftError(
-            f"the rollout engine {trainer.engine.name!r} does not sample from the policy that is trained: over "
+            f"{sampler or _engine_of(trainer)} does not sample from the policy that is trained: over "
             f"{drift.tokens} sampled tokens its mean log-probability is {drift.rollout_mean:.4f}, the training "
             f"forward's is {drift.training_mean:.4f}, and they differ by {drift.mean_difference:.4f} nats on average "
             f"(at most {drift.max_difference:.4f}); allowed: {bound:g} in {computed_in(trainer)}. "
@@ -123,33 +146,134 @@ def _completions_of(logps: torch.Tensor, mask: torch.Tensor, width: int) -> torc
     return logps.gather(1, columns)
 
 
-def shortest(
-    prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], count: int = 4
-) -> list[int]:
-    """The rows of the shortest few rollouts: a canary should cost little."""
-    lengths = [len(prompt) + len(ids) for prompt, ids in zip(prompt_ids, completion_ids, strict=True)]
-    return sorted(range(len(lengths)), key=lengths.__getitem__)[:count]
+def check_samples(
+    trainer: RolloutMixin,
+    prompt_ids: list[list[int]],
+    completion_ids: list[list[int]],
+    sampled_mask: list[list[int]],
+    *,
+    truncated: bool = False,
+    sampler: str | None = None,
+) -> Drift:
+    """Whether tokens are samples of the policy, where their log-probabilities are not known.
 
+    transformers' `generate` is made to write them again. Its log-probabilities are compared with the training
+    forward's, and their mean with that of the policy's own samples. Looks at the first turn of the rollouts with the
+    shortest prompts, its first tokens: never at what was chosen by what was sampled, since short completions, for
+    example, are those in which an unlikely end was drawn.
 
-def probe(trainer: RolloutMixin, prompt_ids: list[list[int]], tokens: int = 8) -> tuple[Any, Any]:
-    """A few tokens through transformers' `generate` with their log-probabilities, for engines that give none.
+    Args:
+        trainer: its policy must not have been trained since the rollout.
+        sampled_mask: 1 for sampled tokens, of which there are some.
+        truncated: sampled with top-k (1: greedy), top-p or min-p, which leave likely tokens only: the mean may then
+            be above that of the policy's own samples.
+        sampler: what sampled; by default the trainer's engine.
 
     Returns:
-        (sampled ids, log-probabilities at the sampling temperature), a list for each prompt.
+        `generate` against the training forward.
+
+    Raises:
+        SamplerDriftError: the tokens are not the policy's, or `generate` is not the training forward.
     """
+    rollouts = zip(prompt_ids, completion_ids, sampled_mask, strict=True)
+    turns = [_first_turn(*rollout, trainer.eos_token_ids) for rollout in rollouts if any(rollout[-1])]
+    turns = sorted(turns, key=lambda turn: len(turn[0]))[:_ROWS]
+    prompts, tokens = [prompt for prompt, _ in turns], [turn for _, turn in turns]
+    written = _write_again(trainer, prompts, tokens)
+    masks = [[1] * len(turn) for turn in tokens]
+    logprobs = [row.logprobs.tolist() for row in written]
+    drift = check_sampler(trainer, prompts, tokens, masks, logprobs, sampler="transformers' generate")
+
+    mean = torch.cat([row.logprobs for row in written]).mean().item()
+    expected = -torch.cat([row.entropies for row in written]).mean().item()
+    below, above = chance(torch.cat([row.cumulants for row in written]))
+    bound = bound_of(trainer)
+    lowest, highest = expected - below - bound, 0.0 if truncated else min(0.0, expected + above + bound)
+    if not lowest <= mean <= highest:
+        raise SamplerDriftError(
+            f"{sampler or _engine_of(trainer)} does not sample from the policy that is trained: the "
+            f"{sum(map(len, tokens))} tokens looked at have a mean log-probability of {mean:.4f} by the policy, and "
+            f"its own samples would have {expected:.4f}; allowed, by chance and for {bound:g} of rounding in "
+            f"{computed_in(trainer)}: {lowest:.4f} to {highest:.4f}. Let it sample with the weights of the step, at "
+            f"temperature {trainer.temperature:g}."
+        )
+    return drift
+
+
+def _first_turn(
+    prompt_ids: list[int], completion_ids: list[int], sampled_mask: list[int], ends: Collection[int]
+) -> tuple[list[int], list[int]]:
+    """(the ids before the first sampled token, the first sampled ones, to the end of the turn at most)."""
+    start = sampled_mask.index(1)
+    turn: list[int] = []
+    for token, sampled in zip(completion_ids[start:], sampled_mask[start:], strict=True):
+        if not sampled or len(turn) == _TOKENS_OF_A_ROW:
+            break
+        turn.append(token)
+        if token in ends:
+            break
+    return [*prompt_ids, *completion_ids[:start]], turn
+
+
+@dataclass(frozen=True)
+class Written:
+    """Of T tokens as `generate` writes them, at the sampling temperature, in nats."""
+
+    logprobs: torch.Tensor  # (T,)
+    entropies: torch.Tensor  # (T,), of the distributions that they are drawn from
+    cumulants: torch.Tensor  # (T, tilts)
+
+
+def _write_again(trainer: RolloutMixin, prompt_ids: list[list[int]], token_ids: list[list[int]]) -> list[Written]:
     from trl.models import unwrap_model_for_generation
 
-    longest = max(map(len, prompt_ids))
-    padding, device = trainer.processing_class.pad_token_id, trainer.accelerator.device
-    ids = torch.tensor([[padding] * (longest - len(row)) + row for row in prompt_ids], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    padding, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
+    before, after = max(map(len, prompt_ids)), max(map(len, token_ids))
+    ids = torch.tensor([[padding] * (before - len(row)) + row for row in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (before - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    forced = [row + [padding] * (after - len(row)) for row in token_ids]
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad():
         output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens,
-            temperature=None, top_p=None, top_k=None, pad_token_id=padding, output_logits=True,
-            return_dict_in_generate=True,
+            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=after, temperature=None, top_p=None,
+            top_k=None, pad_token_id=padding, output_logits=True, return_dict_in_generate=True,
+            prefix_allowed_tokens_fn=lambda row, so_far: [forced[row][len(so_far) - before]],
         )  # fmt: skip
-    sampled = output.sequences[:, longest:]
-    logits = torch.stack(output.logits, dim=1).float() / trainer.temperature
-    logprobs = logits.log_softmax(-1).gather(-1, sampled.unsqueeze(-1)).squeeze(-1)
-    return sampled.tolist(), logprobs.tolist()
+    chosen = torch.tensor(forced, device=device)
+    steps = []
+    for step, logits in enumerate(output.logits):  # one at a time, of (B, vocabulary)
+        of_all = (logits.float() / trainer.temperature).log_softmax(-1)
+        of_chosen = of_all.gather(-1, chosen[:, step, None]).squeeze(-1)
+        steps.append((of_chosen, entropy(of_all), cumulants(of_all)))
+    columns = [torch.stack(column, dim=1) for column in zip(*steps, strict=True)]
+    return [Written(*(column[row, : len(turn)] for column in columns)) for row, turn in enumerate(token_ids)]
+
+
+def entropy(logprobs: torch.Tensor) -> torch.Tensor:
+    """(..., V) log-probabilities of a distribution → (...), in nats."""
+    return torch.special.entr(logprobs.exp()).sum(-1)
+
+
+def cumulants(logprobs: torch.Tensor) -> torch.Tensor:
+    """(..., V) log-probabilities of a distribution p → (..., tilts): log E exp(t (log p + H)) for each tilt t, where H
+    is the entropy, so that log p + H has the mean 0."""
+    shift = entropy(logprobs)
+    return torch.stack([((1 + t) * logprobs).logsumexp(-1) + t * shift for t in _TILTS], dim=-1)
+
+
+def chance(cumulants: torch.Tensor) -> tuple[float, float]:
+    """How far below and above its expectation the mean log-probability of N samples may be, in nats.
+
+    For each tilt t the product of exp(t (log p + H)) / E exp(t (log p + H)) over tokens has the mean 1, whatever
+    earlier tokens were (a martingale). It is so often above 1/a as a at most (Markov), which bounds the mean of
+    log p + H by (mean cumulant - log(a) / N) / t: Chernoff's bound, without the assumption that the mean is normal.
+
+    Args:
+        cumulants: (N, tilts), of the distributions that the samples were drawn from.
+    """
+    tilts = torch.tensor(_TILTS, device=cumulants.device)
+    by_tilt = (cumulants.mean(0) + math.log(len(_TILTS) / FALSE_ALARMS) / len(cumulants)) / tilts.abs()
+    return by_tilt[tilts < 0].min().item(), by_tilt[tilts > 0].min().item()
+
+
+def _engine_of(trainer: RolloutMixin) -> str:
+    return f"the rollout engine {trainer.engine.name!r}"

@@ -6,8 +6,10 @@ import logging
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rlvr.errors import ConfigError, SamplerDriftError
 from rlvr.types import StopReason, Trajectory
 
 if TYPE_CHECKING:
@@ -31,6 +33,7 @@ class RolloutMixin(_Base):
 
     env: Environment | None
     engine: RolloutEngine
+    rollout_func: Any  # TRL's
     _batch_examples: list[Example]
 
     def _set_up_rollouts(
@@ -47,6 +50,11 @@ class RolloutMixin(_Base):
             from rlvr.trainers.vllm_weights import merge_apart
 
             merge_apart(self.vllm_generation)
+        if canary_every < 0:
+            raise ConfigError(
+                f"canary_every is {canary_every}; allowed: a number of steps, or 0 for checks after 0, 1, 10, 100, "
+                "... steps."
+            )
         self._canary_every, self._canary_due = canary_every, 0
         if choice.fallback:
             logger.warning("rollouts use plain generate, not the grouped engine: %s.", choice.fallback)
@@ -55,9 +63,15 @@ class RolloutMixin(_Base):
             from rlvr.rollout.tool_calls import parser_for
 
             self._renderer = ChatRenderer(
-                self.processing_class, tools=self.env.tools, chat_template_kwargs=self.chat_template_kwargs
+                self._tokenizer,
+                tools=self.env.tools,
+                chat_template=getattr(self.processing_class, "chat_template", None),
+                chat_template_kwargs=self.chat_template_kwargs,
+                content_parts=self._tokenizer is not self.processing_class,
             )
             self._parser = parser_for(self._renderer, tool_call_parser)
+        elif self.rollout_func is not None and self._tokenizer is self.processing_class:
+            self.rollout_func = self._watched(self.rollout_func)
 
     def sample_with_trl(
         self, full_ids: list[list[int]], max_new_tokens: list[int]
@@ -78,6 +92,7 @@ class RolloutMixin(_Base):
         from rlvr.rollout.grouped import GroupedEngine
 
         if images is not None:
+            self._leave_unchecked("prompts have images")
             return super()._generate_single_turn(prompt_ids, images, *args, **kwargs)
         logprobs: list[Any] | None
         if isinstance(self.engine, GroupedEngine):
@@ -118,26 +133,56 @@ class RolloutMixin(_Base):
         completion_ids: list[list[int]],
         sampled_mask: list[list[int]],
         logprobs: list[list[float] | None],
+        *,
+        sampler: str | None = None,
     ) -> None:
-        """The canary: at the first rollout, and every `canary_every` steps if asked."""
-        if not self.model.training or self.state.global_step < self._canary_due:
+        """The canary: at rollouts after 0, 1, 10, 100, ... optimizer steps, or every `canary_every` if asked."""
+        step = self.state.global_step
+        if not self.model.training or step < self._canary_due or not any(map(any, sampled_mask)):
             return
-        if self.use_vllm and (self.top_p < 1 or self.top_k or self.min_p or self.repetition_penalty != 1):
-            return  # vLLM gives log-probabilities of the truncated distribution: not comparable
-        from rlvr.trainers.canary import check_sampler, probe, shortest
+        from rlvr.trainers.canary import check_sampler, check_samples
         from rlvr.trainers.reference import dropout_off
 
-        self._canary_due = self.state.global_step + self._canary_every if self._canary_every else sys.maxsize
-        rows = shortest(prompt_ids, completion_ids)
-        prompts = [prompt_ids[row] for row in rows]
-        completions, masks = [completion_ids[row] for row in rows], [sampled_mask[row] for row in rows]
-        recorded = [values for row in rows if (values := logprobs[row]) is not None]
+        truncated = bool(self.top_p < 1 or self.top_k or self.min_p)
+        recorded = [values for values in logprobs if values is not None]
+        if self.use_vllm and (truncated or self.repetition_penalty != 1):
+            recorded = []  # vLLM gives log-probabilities of the distribution that it draws from: not comparable
+        if not recorded and (self.repetition_penalty != 1 or self.args.generation_kwargs):
+            self._leave_unchecked("repetition_penalty and generation_kwargs change what is sampled")
+            return
+        self._canary_due = step + self._canary_every if self._canary_every else 10 ** len(str(step)) if step else 1
+        samples = (prompt_ids, completion_ids, sampled_mask)
         with dropout_off(self.accelerator.unwrap_model(self.model)):  # engines sample without dropout
-            if len(recorded) < len(rows):
-                completions, recorded = probe(self, prompts)
-                masks = [[1] * len(ids) for ids in completions]
-            drift = check_sampler(self, prompts, completions, masks, recorded)
+            if len(recorded) == len(prompt_ids):
+                drift = check_sampler(self, *samples, recorded)
+            else:
+                drift = check_samples(self, *samples, truncated=truncated, sampler=sampler)
         self._metrics["train"]["sampler_drift"].append(drift.mean_difference)
+
+    def _leave_unchecked(self, reason: str) -> None:
+        if self._canary_due < sys.maxsize:
+            logger.warning("whether sampling follows the policy is not checked: %s.", reason)
+        self._canary_due = sys.maxsize
+
+    def _watched(self, rollout_func: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+        """A user's own function, which may sample as it likes: what the canary finds is a warning. With a processor it
+        is left alone, since its prompts may have images, which it does not give."""
+
+        def watched(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+            output = rollout_func(prompts, trainer)
+            prompt_ids, completion_ids = ([[int(i) for i in ids] for ids in output[name]] for name in _TOKENS)
+            masks = [[1] * len(ids) for ids in completion_ids]
+            if output.get("env_mask") is not None:
+                masks = [[int(i) for i in mask] for mask in output["env_mask"]]
+            try:
+                self._check_sampler(
+                    prompt_ids, completion_ids, masks, [None] * len(masks), sampler="the given rollout_func"
+                )
+            except SamplerDriftError as error:
+                logger.warning("%s", error)
+            return output
+
+        return watched
 
     def _play_environment(self, prompts: list[Any], trainer: Any) -> dict[str, Any]:
         """TRL's `rollout_func`: plays the batch's examples to their ends."""
@@ -188,6 +233,9 @@ class RolloutMixin(_Base):
         if self.env.tools:
             metrics["tools/call_frequency"].append(calls / total)
             metrics["tools/failure_frequency"].append(failures / calls if calls else 0.0)
+
+
+_TOKENS = ("prompt_ids", "completion_ids")  # of what a rollout_func gives
 
 
 def _arrays(prompt_ids: list[list[int]]) -> list[np.ndarray]:

@@ -78,23 +78,22 @@ def sampler(context: Context) -> str:
 
 def _drift(context: Context, policy: LoadedPolicy, trainer: Any, when: str) -> float:
     from rlvr.rollout.engine import sample_all
-    from rlvr.trainers.canary import check_sampler, probe
+    from rlvr.trainers.canary import check_sampler, check_samples
 
     prompts = _prompt_ids(policy)
     context.backend.for_inference(policy)
     turns = sample_all(trainer.engine, prompts, max_completion_tokens=8)
-    samples = [([turn.token_ids for turn in turns], [turn.logprobs for turn in turns]), probe(trainer, prompts)]
     context.backend.for_training(policy)
-    drift = 0.0
-    for ids, logprobs in samples:
-        if any(row is None for row in logprobs):
-            continue  # the engine gives none; the probe goes through the same `generate`
-        try:
-            found = check_sampler(trainer, prompts, ids, [[1] * len(row) for row in ids], logprobs)
-        except SamplerDriftError as error:
-            raise CheckFailed(f"{when}: {error}") from error
-        drift = max(drift, found.mean_difference)
-    return drift
+    ids = [turn.token_ids for turn in turns]
+    samples = (prompts, ids, [[1] * len(row) for row in ids])
+    logprobs = [turn.logprobs for turn in turns if turn.logprobs is not None]
+    try:
+        found = [check_samples(trainer, *samples)]
+        if logprobs:
+            found.append(check_sampler(trainer, *samples, logprobs))
+    except SamplerDriftError as error:
+        raise CheckFailed(f"{when}: {error}") from error
+    return max(drift.mean_difference for drift in found)
 
 
 def _training_logprobs(trainer: Any) -> torch.Tensor:
