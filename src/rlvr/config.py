@@ -110,7 +110,7 @@ class TrainSettings:
     )
     canary_every: int = option(
         0,
-        "steps between checks that the sampler follows the policy; 0: after 0, 1, 10, 100, ... steps",
+        "steps between checks that the sampler follows the policy; 0: after 0, 10, 100, ... steps",
         ROLLOUTS,
         least=0,
     )

@@ -192,7 +192,7 @@ def test_what_cannot_be_checked_is_said_once(tmp_path, caplog):
     assert caplog.text.count("is not checked: repetition_penalty and generation_kwargs") == 1
 
 
-@pytest.mark.parametrize(("every", "steps"), [(0, [0, 1, 10]), (5, [0, 5, 10])])
+@pytest.mark.parametrize(("every", "steps"), [(0, [0, 10]), (5, [0, 5, 10])])
 def test_when_it_looks(tmp_path, every, steps):
     trainer = trainer_of(tmp_path, canary_every=every, steps=12, config={"max_completion_length": 4})
     trainer.train()
@@ -205,13 +205,13 @@ def test_a_negative_number_of_steps_is_refused(tmp_path):
 
 
 def test_an_adapter_that_never_reaches_the_sampler_stops_the_run(tmp_path, monkeypatch):
-    """A fresh one adds nothing: it is missed as soon as it does."""
+    """A fresh one adds nothing, and is not missed: hence the second look."""
     monkeypatch.setattr(weights, "merged_weight", lambda layer: layer.base_layer.weight.detach().clone())
     lora = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer = trainer_of(tmp_path, peft_config=lora, steps=3, rollout_engine="grouped")
+    trainer = trainer_of(tmp_path, peft_config=lora, steps=12, rollout_engine="grouped")
     with pytest.raises(SamplerDriftError, match="'grouped' does not sample from the policy"):
         trainer.train()
-    assert trainer.state.global_step == 1
+    assert trainer.state.global_step == 10
 
 
 # A processor in the place of the tokenizer.
@@ -244,6 +244,7 @@ def llava():
             **layers, vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=2, bos_token_id=None
         ),
         image_token_index=image,
+        image_token_id=image,
     )  # fmt: skip
     return transformers.LlavaForConditionalGeneration(config), processor
 
@@ -266,7 +267,7 @@ def test_a_processor_plays_an_environment_of_text(tmp_path, llava):
     trainer = trainer_of(tmp_path, model=model, processing_class=processor, env=env, trajectory_sinks=[records.extend])
     given = []
     own = trainer.sample_with_trl
-    trainer.engine.generate = lambda ids, limits: given.extend(ids) or own(ids, limits)
+    trainer.engine.generate = lambda ids, limits: given.extend(map(list, ids)) or own(ids, limits)
     trainer.train()
     assert checked_at(trainer) == [0]
     assert {processor.tokenizer.decode(ids) for ids in given} == {"one?<|im_end|>"}

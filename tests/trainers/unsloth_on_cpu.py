@@ -153,6 +153,7 @@ def train_with_tools():
         ),
     )  # fmt: skip
     trainer.engine = ScriptedEngine(turns, end_id=end, with_logprobs=False)
+    trainer._check_sampler = lambda *samples: None  # a script is not the policy
     batches = []
     compute_loss = trainer.compute_loss
     trainer.compute_loss = lambda model, inputs, **kwargs: (

@@ -52,7 +52,7 @@ class RolloutMixin(_Base):
             merge_apart(self.vllm_generation)
         if canary_every < 0:
             raise ConfigError(
-                f"canary_every is {canary_every}; allowed: a number of steps, or 0 for checks after 0, 1, 10, 100, "
+                f"canary_every is {canary_every}; allowed: a number of steps, or 0 for checks after 0, 10, 100, "
                 "... steps."
             )
         self._canary_every, self._canary_due = canary_every, 0
@@ -136,7 +136,7 @@ class RolloutMixin(_Base):
         *,
         sampler: str | None = None,
     ) -> None:
-        """The canary: at rollouts after 0, 1, 10, 100, ... optimizer steps, or every `canary_every` if asked."""
+        """The canary: at rollouts after 0, 10, 100, ... optimizer steps, or every `canary_every` if asked."""
         step = self.state.global_step
         if not self.model.training or step < self._canary_due or not any(map(any, sampled_mask)):
             return
@@ -150,7 +150,7 @@ class RolloutMixin(_Base):
         if not recorded and (self.repetition_penalty != 1 or self.args.generation_kwargs):
             self._leave_unchecked("repetition_penalty and generation_kwargs change what is sampled")
             return
-        self._canary_due = step + self._canary_every if self._canary_every else 10 ** len(str(step)) if step else 1
+        self._canary_due = step + self._canary_every if self._canary_every else 10 ** len(str(step))
         samples = (prompt_ids, completion_ids, sampled_mask)
         with dropout_off(self.accelerator.unwrap_model(self.model)):  # engines sample without dropout
             if len(recorded) == len(prompt_ids):
