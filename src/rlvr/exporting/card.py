@@ -22,7 +22,7 @@ _LOAD_ADAPTER = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}")
+base = AutoModelForCausalLM.from_pretrained("{base}"{revision})
 model = PeftModel.from_pretrained(base, "{here}")
 tokenizer = AutoTokenizer.from_pretrained("{here}")
 """
@@ -83,7 +83,8 @@ def _front_matter(source: Source, export_format: ExportFormat) -> str:
 
 def _loading(source: Source, export_format: ExportFormat, base: str) -> str:
     code = {"adapter": _LOAD_ADAPTER, "gguf": _LOAD_GGUF}.get(export_format, _LOAD_MODEL)
-    return code.format(base=base, here=_HERE, file=GGUF_FILE)
+    revision = f', revision="{source.settings.revision}"' if source.settings.revision else ""
+    return code.format(base=base, revision=revision, here=_HERE, file=GGUF_FILE)
 
 
 def _evaluation(source: Source) -> str:

@@ -19,7 +19,7 @@ from rlvr.exporting.parity import Expected, Parity, compare, logprobs, tolerance
 from rlvr.exporting.source import Source, find_source
 from rlvr.exporting.writers import Writer, choose_writer
 from rlvr.tracking.hub import check_push, push
-from rlvr.tracking.lineage import write_record
+from rlvr.tracking.lineage import check_base_files, write_record
 
 if TYPE_CHECKING:
     from rlvr.trainers.run import Run
@@ -78,6 +78,7 @@ def export(
     Raises:
         ConfigError: no such format, or no Hub token; `UnsupportedSettingError`: nothing here writes that format.
         RunFolderError: no such run or checkpoint, one that was changed since, or `output` exists.
+        ModelError: the base model is no longer the one that the run was trained on.
         ExportError: it could not be written, or it is not the policy that was trained. Nothing is left.
     """
     from rlvr.plugins.manager import load_backend
@@ -90,6 +91,7 @@ def export(
             f"the run in {str(source.run.path)!r} trained every weight and has no adapter; use --format merged-16bit."
         )
     folder = _free_output(source, format, output)
+    check_base_files(source.base)
     if push_to_hub is not None:
         check_push(push_to_hub, option="push_to_hub")
     name = source.config["backend"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlvr.backends.protocol import ModelSettings
 from rlvr.errors import ConfigError, RunFolderError
-from rlvr.tracking.lineage import changed_files, read_record
+from rlvr.tracking.lineage import changed_files, exact_revision, read_record
 from rlvr.tracking.run_folder import NEWEST, RunFolder
 
 
@@ -20,7 +20,8 @@ class Source:
     folder: Path
     step: int
     checkpoint: int | None  # its step; None for the policy at the end of the run
-    settings: ModelSettings
+    settings: ModelSettings  # a Hub model at the commit that was trained on, wherever its branch is now
+    base: dict[str, Any] | None  # what identifies the base model (`lineage.base_record`)
     adapter: str | None  # the recorded hash of the weights
     config: dict[str, Any]
 
@@ -48,6 +49,7 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
     folder.parts()
     saved = _finished(folder) if checkpoint is None else _checkpoint(folder, checkpoint)
     settings = ModelSettings(**folder.policy()["model"])
+    base = folder.origin(1).get("base")
     record = read_record(saved) or {}
     changed = changed_files(saved, record.get("files", {}))
     if changed:
@@ -61,7 +63,12 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
         folder=saved,
         step=step,
         checkpoint=step if checkpoint is not None else None,
-        settings=replace(settings, fast_inference="off"),  # an engine beside the model would only take its memory
+        settings=replace(
+            settings,
+            revision=exact_revision(base) or settings.revision,
+            fast_inference="off",  # an engine beside the model would only take its memory
+        ),
+        base=base,
         adapter=record.get("adapter"),
         config=folder.config(),
     )

@@ -99,6 +99,7 @@ class BackendWriter:
 
     def write(self, policy: LoadedPolicy, folder: Path) -> None:
         self.backend.save(policy, folder, self.export_format)
+        write_base_revision(folder, policy.settings.revision)
 
     def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
         own = {"merged-16bit": "none", "merged-4bit": "4bit"}  # an adapter goes on the base as it was in training
@@ -155,6 +156,15 @@ class LlamaCppWriter:
                 "'merged-16bit', and convert that by hand."
             ) from error
         return model.to(choose_device(settings)).eval(), tokenizer
+
+
+def write_base_revision(folder: Path, revision: str | None) -> None:
+    """Writes into an adapter's configuration which commit of its base it goes on; PEFT loads the newest otherwise."""
+    path = folder / "adapter_config.json"
+    if revision is None or not path.is_file():
+        return
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "revision": revision}, indent=2), encoding="utf-8")
 
 
 def _complete_sentencepiece(tokenizer: Any, folder: Path) -> None:

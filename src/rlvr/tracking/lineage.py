@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlvr.errors import ModelError
 from rlvr.tracking.run_folder import RunFolder
 
 RECORD = "lineage.json"
@@ -110,6 +111,56 @@ def base_record(model: str, revision: str | None) -> dict[str, Any]:
     files = file_hashes(paths, _folder(model)) if path.exists() else None
     commit = None if path.exists() else cached_commit(model, revision)
     return {"model": model, "revision": revision, "commit": commit, "files": files}
+
+
+def check_base_files(record: Mapping[str, Any] | None) -> None:
+    """
+    Args:
+        record: what `base_record` gave when a run began; nothing is checked where it is None.
+
+    Raises:
+        ModelError: the files of a local base are no longer those, or a folder has taken the place of a Hub model.
+    """
+    if record is None:
+        return
+    model = record["model"]
+    if record["files"] is None:
+        replaced = record["commit"] and Path(model).expanduser().exists()
+        found = f"it was loaded from the Hub, commit {record['commit']}, and is a local folder now" if replaced else ""
+    elif not Path(model).expanduser().exists():
+        found = "it is gone"
+    else:
+        changed = changed_files(_folder(model), record["files"])
+        found = f"changed or missing: {', '.join(changed)}" if changed else ""
+    if found:
+        raise ModelError(
+            f"the base model {model!r} is no longer the one that the run was trained on: {found}. What was trained "
+            "belongs to the files whose SHA-256 are in the run's origin.json. Bring those back, or train again."
+        )
+
+
+def check_base_commit(record: Mapping[str, Any] | None, revision: str | None) -> None:
+    """
+    Args:
+        record: as for `check_base_files`.
+        revision: that a Hub model was loaded with now.
+
+    Raises:
+        ModelError: that is another commit than the record's.
+    """
+    if record is None or record["commit"] is None:
+        return
+    now = cached_commit(record["model"], revision)
+    if now not in (None, record["commit"]):
+        raise ModelError(
+            f"the base model {record['model']!r} has moved: the run was trained on commit {record['commit']}, and "
+            f"{revision or 'its default branch'} is {now} now. Give --revision {record['commit']}."
+        )
+
+
+def exact_revision(record: Mapping[str, Any] | None) -> str | None:
+    """With which the base of a record is loaded again: its commit where it is known."""
+    return (record["commit"] or record["revision"]) if record is not None else None
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:

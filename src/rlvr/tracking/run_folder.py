@@ -145,19 +145,19 @@ class RunFolder:
 
     def policy(self) -> dict[str, Any]:
         """What the backend applied and changed, in the latest part."""
-        return json.loads(self._part("policy", ".json").read_text(encoding="utf-8"))
+        return self._read(self._part("policy", ".json"))
 
     def versions(self) -> dict[str, Any]:
         """Of the latest part."""
-        return json.loads(self._part("versions", ".json").read_text(encoding="utf-8"))
+        return self._read(self._part("versions", ".json"))
 
     def origin(self, part: int) -> dict[str, Any]:
         """Of a part counted from 1; empty where it did not come so far."""
         path = self._part("origin", ".json", part)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return self._read(path) if path.is_file() else {}
 
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+        return self._read(self.path / "summary.json")
 
     def trained(self) -> Path | None:
         """The folder of the trained policy: its adapter, or all its weights. None where the run has not finished."""
@@ -186,6 +186,21 @@ class RunFolder:
     def _part(self, name: str, suffix: str, part: int | None = None) -> Path:
         part = self.parts() if part is None else part
         return self.path / (f"{name}{suffix}" if part == 1 else f"{name}.resumed-{part - 1}{suffix}")
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """
+        Raises:
+            RunFolderError: the file is not there, or holds no JSON object.
+        """
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunFolderError(
+                f"{str(path)!r} cannot be read: {error}. Bring it back as the run wrote it."
+            ) from error
+        if not isinstance(found, dict):
+            raise RunFolderError(f"{str(path)!r} is damaged: it holds no object. Bring it back as the run wrote it.")
+        return found
 
     def _write_new(self, name: str, text: str) -> None:
         with open(self.path / name, "x", encoding="utf-8") as file:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rlvr.config import LORA, TrainSettings
 from rlvr.errors import ConfigError, RunFolderError
+from rlvr.tracking.lineage import check_base_files, exact_revision
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.wording import counted
 
@@ -23,10 +24,15 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
 
     Raises:
         ConfigError: they say another environment, model or adapter than the run's own; all differences at once.
+        ModelError: the files of the base model are no longer those that the run began with.
         RunFolderError: the checkpoint is at the end of the run already.
     """
     assert settings.output_dir is not None
-    before, now = RunFolder(Path(settings.output_dir)).config(), settings.as_dict()
+    run = RunFolder(Path(settings.output_dir))
+    before, now = run.config(), settings.as_dict()
+    base = run.origin(1).get("base")
+    if settings.revision is not None and settings.revision == exact_revision(base):
+        before["revision"] = settings.revision  # the same, said exactly
     changed = [
         f"{name} was {before[name]!r} in the run that is to go on, and is {now[name]!r}. Leave it out, or start a new "
         "run in another --output-dir."
@@ -35,6 +41,7 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
     ]
     if changed:
         raise ConfigError(changed)
+    check_base_files(base)
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     end = settings.max_steps
     if end is None and settings.num_epochs == before.get("num_epochs"):

@@ -17,12 +17,13 @@ from rlvr.config import TrainSettings, merge, processes, read_config, settings_f
 from rlvr.environments.base import Environment
 from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
+from rlvr.exporting.writers import write_base_revision
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import asked_parser
 from rlvr.secrets import NOT_KEPT, options_not_kept
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import check_push, push
-from rlvr.tracking.lineage import write_record
+from rlvr.tracking.lineage import check_base_commit, exact_revision, write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.arguments import grpo_config, training_arguments
 from rlvr.trainers.colocated import check_vllm_can_start, variables_kept
@@ -189,6 +190,8 @@ def train_with(
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         chooses_checkpointing = policy is None and settings.gradient_checkpointing is None
         policy = policy or _load_policy(settings, backend)
+        if checkpoint is not None:
+            check_base_commit(folder.origin(1).get("base"), policy.settings.revision)
         rows = training_rows(environment, policy, settings)
         evaluator = Evaluator(
             environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
@@ -252,6 +255,7 @@ def _train(
     if trainer.is_world_process_zero():
         saved = folder.path / ("model" if policy.settings.full_finetuning else "adapter")
         backend.save(policy, saved)
+        write_base_revision(saved, exact_revision(folder.origin(1).get("base")))
         write_record(saved, adapter=trained, step=trainer.state.global_step)
     summary = {
         **_training_facts(trainer, settings, environment),
