@@ -284,6 +284,28 @@ def test_a_merged_model_is_the_base_plus_ba_rounded_once(backend, settings, tmp_
     assert loaded.tokenizer.chat_template == policy.tokenizer.chat_template
 
 
+def test_experts_with_an_adapter_on_each_of_their_parameters_are_merged(backend, tmp_path):
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    model = save_tiny(tmp_path / "moe", "qwen3_moe", initializer_range=0.2, **experts)
+    settings = ModelSettings(model=str(model))
+    policy = train_adapter(backend.apply_lora(backend.load_policy(settings), LoraSettings(r=4)))
+    trained, base = logits(policy), logits(backend.load_policy(settings))
+    weights = layer(policy, "layers.0.mlp.experts").get_base_layer()
+    before = weights.gate_up_proj.clone()
+
+    merged = backend.load_policy(settings)
+    merged.model.load_state_dict(merged_state_dict(policy.model))
+    torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)
+    for name in ("gate_up_proj", "down_proj"):
+        assert not torch.equal(getattr(layer(merged, "layers.0.mlp.experts"), name), getattr(weights, name))
+    assert torch.equal(weights.gate_up_proj, before)
+    torch.testing.assert_close(logits(policy), trained, rtol=0, atol=0)
+
+    backend.save(policy, tmp_path / "merged", "merged-16bit")
+    loaded = logits(backend.load_saved(tmp_path / "merged", settings))
+    assert (loaded - trained).abs().mean() < 0.1 * (trained - base).abs().mean()
+
+
 def test_a_fully_trained_model_is_saved_whole(backend, settings, tmp_path):
     policy = train_adapter(backend.load_policy(dataclasses.replace(settings, full_finetuning=True)))
     backend.save(policy, tmp_path / "whole")

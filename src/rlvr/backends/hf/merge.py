@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-_BASE = ".base_layer."  # PEFT keeps a wrapped layer's own parameters under this name
-
-
 def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     """The base model's state dict with the active adapter merged in, on the CPU.
 
@@ -34,23 +31,25 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
         raise AdapterError(
             f"modules trained beside LoRA cannot be merged here: {', '.join(whole)}. Save the adapter instead."
         )
-    layers: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, BaseTunerLayer)}
-    merged = {}
-    for name, tensor in base.state_dict().items():
-        owner, wrapped, rest = name.partition(_BASE)
-        if wrapped:
-            merged[f"{owner}.{rest}"] = tensor.cpu()
-        elif not _inside(name, layers):
-            merged[name] = tensor.cpu()
-    for name, layer in layers.items():
-        alone = copy.deepcopy(layer).cpu().float()
-        alone.merge(safe_merge=True)
-        merged.update({f"{name}.{key}": tensor for key, tensor in alone.get_base_layer().state_dict().items()})
+    wrapped: dict[str, Any] = {name: m for name, m in modules.items() if isinstance(m, BaseTunerLayer)}
+    merged = {name: tensor.cpu() for name, tensor in base.state_dict().items() if not _inside(name, wrapped)}
+    for name, layer in wrapped.items():
+        if not _inside(name, wrapped):
+            weights = _merged_layer(layer).state_dict()
+            merged.update({f"{name}.{key}": tensor for key, tensor in weights.items()})
     return merged
 
 
+def _merged_layer(layer: BaseTunerLayer) -> torch.nn.Module:
+    """A layer in float32 without its wrappers: experts have one around another for each of their parameters."""
+    alone: Any = copy.deepcopy(layer).cpu().float()
+    for wrapper in (module for module in alone.modules() if isinstance(module, BaseTunerLayer)):
+        wrapper.merge(safe_merge=True)
+    return alone.get_base_layer()
+
+
 def _inside(name: str, layers: dict[str, Any]) -> bool:
-    """Whether a parameter belongs to a wrapped layer: the adapter's own."""
+    """Whether a parameter or a module is part of a wrapped layer."""
     parts = name.split(".")
     return any(".".join(parts[:i]) in layers for i in range(1, len(parts)))
 
