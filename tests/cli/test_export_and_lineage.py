@@ -1,6 +1,7 @@
 """`rlvr export` and `rlvr lineage` as a user runs them, on a run that learned nothing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,15 @@ def test_export_and_lineage(command, run):
     assert shown.code == 1
     assert "changed: config.json" in shown.out
     assert not json.loads(command("lineage", run, "--json").out)["ok"]
+
+
+def test_a_damaged_record_and_what_was_not_saved_are_shown(command, run):
+    shutil.rmtree(run / "checkpoints")
+    (run / "origin.json").write_text("garbage")
+    (run / "summary.json").write_text("{}")
+    shown = command("lineage", run)
+    assert shown.code == 1
+    assert shown.out.count("damaged: origin.json") == 2
+    assert "damaged: summary.json" in shown.out
+    assert "which were not saved: 8 of 8" in shown.out
+    assert command("lineage", run, "--json").code == 1

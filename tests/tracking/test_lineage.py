@@ -122,6 +122,50 @@ def test_a_damaged_record_is_a_change_and_a_missing_one_is_said(run):
 
 
 @pytest.mark.both
+@pytest.mark.parametrize("damage", ["{}", '{"adapter": null, "step": 1, "files": null}', "[]", "garbage"])
+@pytest.mark.parametrize(
+    ("file", "damaged"),
+    [
+        ("checkpoints/checkpoint-1/lineage.json", ["checkpoint-1"]),
+        ("origin.json", ["unknown", "start"]),
+        ("summary.json", ["adapter"]),
+    ],
+)
+def test_a_damaged_record_is_named_and_the_others_are_read(run, file, damaged, damage):
+    (run / file).write_text(damage)
+    chain = rlvr.lineage(run)
+    assert not chain.ok
+    assert len(chain.links) == 8
+    found = {link.name: link.changed for link in chain.links if link.state == "damaged"}
+    assert found == dict.fromkeys(damaged, (file.rpartition("/")[2],))
+    assert not json.loads(json.dumps(chain.as_json()))["ok"]
+
+
+@pytest.mark.both
+def test_a_part_with_a_damaged_record_of_its_start_is_named(run):
+    (run / "origin.resumed-1.json").write_text("garbage")
+    assert by_name(run)["resumed"].changed == ("origin.resumed-1.json",)
+
+
+@pytest.mark.both
+def test_a_trained_policy_that_was_deleted_is_gone(run):
+    shutil.rmtree(run / "adapter")
+    link = rlvr.lineage(run).links[-1]
+    assert (link.kind, link.name, link.state, link.step) == ("trained", "adapter", "gone", 4)
+    assert link.adapter == RunFolder(run).summary()["adapter"]
+
+
+@pytest.mark.both
+def test_trajectories_of_weights_that_were_not_saved_are_counted(run):
+    for step in (1, 3):
+        shutil.rmtree(run / "checkpoints" / f"checkpoint-{step}")
+    rows = [row["step"] for row in RunFolder(run).trajectories()]
+    chain = rlvr.lineage(run)
+    assert (chain.unsaved, chain.trajectories) == (rows.count(1) + rows.count(3), len(rows)) == (16, 38)
+    assert chain.as_json()["unsaved_trajectories"] == 16
+
+
+@pytest.mark.both
 def test_what_was_deleted_is_gone_and_no_fault(run):
     made = rlvr.export(run)
     elsewhere = rlvr.export(run, output=run.parent / "elsewhere")

@@ -10,7 +10,9 @@ import typer
 if TYPE_CHECKING:
     from rlvr.tracking.lineage import Lineage, Link
 
-EXIT_CHANGED = 1  # a file is no longer what was saved; a run that cannot be read is an RlvrError
+EXIT_CHANGED = (
+    1  # a file is no longer what was saved, or its record is damaged; a run that cannot be read is an RlvrError
+)
 _DIGITS = 12  # of a hash, in the table
 
 
@@ -24,7 +26,7 @@ def lineage(
 ) -> None:
     """Show the chain of a run's weights, from the base model to the exports, and hash their files again.
 
-    Exit code 1 if a file has changed since it was saved.
+    Exit code 1 if a file has changed since it was saved, or a record of it is damaged.
     """
     import json
 
@@ -55,13 +57,17 @@ def print_lineage(found: Lineage) -> None:
     console = Console(markup=False)
     console.print(table)
     console.print("rollouts, evaluated: trajectories that these weights sampled · their mean reward", soft_wrap=True)
+    if found.unsaved:
+        console.print(
+            f"Trajectories of weights between these, which were not saved: {found.unsaved} of {found.trajectories}."
+        )
     if found.unattributed:
         console.print(f"Trajectories without a hash of the weights that sampled them: {found.unattributed}.")
 
 
 def _cells(link: Link) -> list[str]:
     name = f"{link.kind} {link.name}" if link.kind in ("base", "trained", "export") else link.name
-    state = f"changed: {', '.join(link.changed)}" if link.changed else link.state
+    state = f"{link.state}: {', '.join(link.changed)}" if link.changed else link.state
     return [
         name,
         "" if link.step is None else str(link.step),

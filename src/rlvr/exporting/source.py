@@ -8,7 +8,7 @@ from typing import Any
 
 from rlvr.backends.protocol import ModelSettings
 from rlvr.errors import ConfigError, RunFolderError
-from rlvr.tracking.lineage import changed_files, exact_revision, read_record
+from rlvr.tracking.lineage import RECORD, exact_revision, folder_state, read_record, recorded_base
 from rlvr.tracking.run_folder import NEWEST, RunFolder
 
 
@@ -21,7 +21,7 @@ class Source:
     step: int
     checkpoint: int | None  # its step; None for the policy at the end of the run
     settings: ModelSettings  # a Hub model at the commit that was trained on, wherever its branch is now
-    base: dict[str, Any] | None  # what identifies the base model (`lineage.base_record`)
+    base: dict[str, Any] | None  # what identifies the base model (`lineage.recorded_base`)
     adapter: str | None  # the recorded hash of the weights
     config: dict[str, Any]
 
@@ -49,15 +49,19 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
     folder.parts()
     saved = _finished(folder) if checkpoint is None else _checkpoint(folder, checkpoint)
     settings = ModelSettings(**folder.policy()["model"])
-    base = folder.origin(1).get("base")
-    record = read_record(saved) or {}
-    changed = changed_files(saved, record.get("files", {}))
+    base = recorded_base(folder)
+    record = read_record(saved)
+    _, changed = folder_state(saved, record)
+    if checkpoint is None:
+        step, adapter = folder.summary()["steps"], folder.summary().get("adapter")
+        changed += (RECORD,) if record is not None and record["adapter"] != adapter else ()
+    else:
+        step, adapter = int(saved.name.rpartition("-")[2]), record["adapter"] if record is not None else None
     if changed:
         raise RunFolderError(
             f"files in {str(saved)!r} are no longer those that the run saved: {', '.join(changed)}. Export another "
             f"checkpoint, or bring them back; 'rlvr lineage {folder.path}' shows what has changed."
         )
-    step = int(saved.name.rpartition("-")[2]) if checkpoint is not None else folder.summary()["steps"]
     return Source(
         run=folder,
         folder=saved,
@@ -69,7 +73,7 @@ def find_source(run: str | Path, checkpoint: int | str | None = None) -> Source:
             fast_inference="off",  # an engine beside the model would only take its memory
         ),
         base=base,
-        adapter=record.get("adapter"),
+        adapter=adapter,
         config=folder.config(),
     )
 

@@ -9,25 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rlvr.errors import ModelError
-from rlvr.tracking.run_folder import RunFolder
+from rlvr.errors import ModelError, RunFolderError
+from rlvr.tracking.run_folder import SUMMARY, RunFolder
 
 RECORD = "lineage.json"
+ORIGIN = "origin.json"
 _SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
 _OTHERS = (RECORD, "trainer_state.json", "training_args.bin")  # of a checkpoint, and no part of the policy
 
-State = Literal["ok", "changed", "gone", "not recorded"]
+State = Literal["ok", "changed", "damaged", "gone", "not recorded"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """One set of weights of a run. `changed` names the files that are no longer those that were saved.
+    """One set of weights of a run. `changed` names the files that are no longer those that were saved, or, where they
+    are damaged, the records that should say so.
 
     `trajectories` were sampled from exactly these weights to train on, `evaluations` to measure; mean rewards of each,
     None where there are none.
@@ -52,16 +54,25 @@ class Lineage:
 
     run: Path
     links: tuple[Link, ...]
+    trajectories: int
+    unsaved: int  # trajectories of weights that no link has: they lie between two checkpoints
     unattributed: int  # trajectories that carry no hash
 
     @property
     def ok(self) -> bool:
-        """Whether no recorded file has changed. What was deleted as a whole is gone, not changed."""
-        return all(link.state != "changed" for link in self.links)
+        """Whether no record is damaged and no recorded file has changed. What was deleted as a whole is gone."""
+        return all(link.state not in ("changed", "damaged") for link in self.links)
 
     def as_json(self) -> dict[str, Any]:
         links = [asdict(link) for link in self.links]
-        return {"run": str(self.run), "ok": self.ok, "unattributed_trajectories": self.unattributed, "links": links}
+        return {
+            "run": str(self.run),
+            "ok": self.ok,
+            "trajectories": self.trajectories,
+            "unsaved_trajectories": self.unsaved,
+            "unattributed_trajectories": self.unattributed,
+            "links": links,
+        }
 
 
 def lineage(run: str | Path) -> Lineage:
@@ -71,16 +82,16 @@ def lineage(run: str | Path) -> Lineage:
         run: a run's folder, finished or not.
 
     Raises:
-        RunFolderError: there is no run in the folder.
+        RunFolderError: there is no run in the folder, or rows of it cannot be read.
     """
     folder = RunFolder(Path(run))
     parts = folder.parts()
-    origin = folder.origin(1)
     sampled = _Sampled(folder.trajectories())
-    links = [_base(origin.get("base")), _start(origin.get("adapter"), sampled)]
+    links = _origin(folder, sampled)
     links += sorted([*_checkpoints(folder, sampled), *_resumed(folder, parts)], key=lambda link: link.step or 0)
     links += [*_trained(folder, sampled), *_exports(folder)]
-    return Lineage(folder.path, tuple(links), sampled.unattributed)
+    unsaved = sampled.total - sampled.unattributed - sampled.of_weights({link.adapter for link in links})
+    return Lineage(folder.path, tuple(links), sampled.total, unsaved, sampled.unattributed)
 
 
 def write_record(folder: Path, *, adapter: str | None, step: int, **facts: Any) -> None:
@@ -96,12 +107,13 @@ def write_record(folder: Path, *, adapter: str | None, step: int, **facts: Any) 
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """What `write_record` wrote; None if there is nothing, or nothing that can be read."""
+    """What `write_record` wrote; None if there is nothing, or nothing that can be used."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) else None
+    is_whole = isinstance(record, dict) and isinstance(record.get("files"), dict) and {"adapter", "step"} <= {*record}
+    return record if is_whole else None
 
 
 def base_record(model: str, revision: str | None) -> dict[str, Any]:
@@ -113,10 +125,24 @@ def base_record(model: str, revision: str | None) -> dict[str, Any]:
     return {"model": model, "revision": revision, "commit": commit, "files": files}
 
 
+def recorded_base(run: RunFolder) -> dict[str, Any] | None:
+    """What `base_record` gave when a run began; None where it did not come so far.
+
+    Raises:
+        RunFolderError: the file that says so is damaged.
+    """
+    if not (run.path / ORIGIN).is_file():
+        return None
+    base = run.origin(1).get("base")
+    if not isinstance(base, dict) or not {"model", "revision", "commit", "files"} <= {*base}:
+        raise RunFolderError(f"{str(run.path / ORIGIN)!r} is damaged: it names no base model.")
+    return base
+
+
 def check_base_files(record: Mapping[str, Any] | None) -> None:
     """
     Args:
-        record: what `base_record` gave when a run began; nothing is checked where it is None.
+        record: as `recorded_base` gives it; nothing is checked where it is None.
 
     Raises:
         ModelError: the files of a local base are no longer those, or a folder has taken the place of a Hub model.
@@ -187,13 +213,23 @@ def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
 def _folder(model: str) -> Path:
     """That a local model's files are in: a backend may take a file for a model."""
     path = Path(model).expanduser()
-    return path if path.is_dir() else path.parent
+    return path.parent if path.is_file() else path
 
 
 def changed_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
     """The names among `recorded` whose files are not as they were, or not there."""
     now = file_hashes((folder / name for name in recorded), folder)
     return tuple(name for name, digest in recorded.items() if now.get(name) != digest)
+
+
+def folder_state(folder: Path, record: Mapping[str, Any] | None) -> tuple[State, tuple[str, ...]]:
+    """Whether a folder's files are those of its record (`read_record`), and which are not."""
+    if not folder.is_dir():
+        return "gone", ()
+    if record is None:
+        return ("damaged", (RECORD,)) if (folder / RECORD).exists() else ("not recorded", ())
+    changed = changed_files(folder, record["files"])
+    return ("changed" if changed else "ok"), changed
 
 
 def _sha256(path: Path) -> str:
@@ -207,6 +243,16 @@ def _sha256(path: Path) -> str:
 # The links
 
 
+def _origin(folder: RunFolder, sampled: _Sampled) -> list[Link]:
+    try:
+        return [_base(recorded_base(folder)), _start(folder.origin(1).get("adapter"), sampled)]
+    except RunFolderError:
+        return [
+            Link(kind="base", name="unknown", adapter=None, state="damaged", changed=(ORIGIN,)),
+            Link(kind="start", name="start", step=0, adapter=None, state="damaged", changed=(ORIGIN,)),
+        ]
+
+
 def _base(record: Mapping[str, Any] | None) -> Link:
     if record is None:
         return Link(kind="base", name="unknown", adapter=None, state="not recorded")
@@ -215,7 +261,7 @@ def _base(record: Mapping[str, Any] | None) -> Link:
     if record["files"] is None:
         return Link(kind="base", name=name, adapter=None, state="ok" if record["commit"] else "not recorded")
     folder = _folder(record["model"])
-    state, changed = _state(folder, record)
+    state, changed = folder_state(folder, record)
     return Link(kind="base", name=name, adapter=None, folder=str(folder), state=state, changed=changed)
 
 
@@ -231,7 +277,12 @@ def _checkpoints(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
 
 def _resumed(folder: RunFolder, parts: int) -> Iterator[Link]:
     for part in range(2, parts + 1):
-        source = folder.origin(part).get("resumed_from") or {}
+        try:
+            source = folder.origin(part).get("resumed_from") or {}
+        except RunFolderError:
+            file = f"origin.resumed-{part - 1}.json"
+            yield Link(kind="resumed", name="resumed", adapter=None, state="damaged", changed=(file,))
+            continue
         record = read_record(folder.checkpoints / source.get("checkpoint", "")) or {}
         adapter = source.get("adapter")
         replaced = bool(adapter and record.get("adapter")) and record["adapter"] != adapter
@@ -246,10 +297,15 @@ def _resumed(folder: RunFolder, parts: int) -> Iterator[Link]:
 
 
 def _trained(folder: RunFolder, sampled: _Sampled) -> Iterator[Link]:
-    path = folder.trained()
-    if path is not None:
+    if not folder.is_finished:
+        return
+    path = folder.path / ("model" if folder.policy()["model"]["full_finetuning"] else "adapter")
+    try:
         summary = folder.summary()
-        yield _saved("trained", path.name, path, summary["steps"], sampled, expected=summary.get("adapter"))
+    except RunFolderError:
+        yield Link(kind="trained", name=path.name, adapter=None, state="damaged", changed=(SUMMARY,))
+        return
+    yield _saved("trained", path.name, path, summary["steps"], sampled, expected=summary.get("adapter"))
 
 
 def _exports(folder: RunFolder) -> Iterator[Link]:
@@ -263,7 +319,7 @@ def _saved(
 ) -> Link:
     """A folder with a record. `expected` is what the run says that the record says."""
     record = read_record(path)
-    state, changed = _state(path, record)
+    state, changed = folder_state(path, record)
     adapter = record["adapter"] if record else expected
     if expected is not None and adapter != expected:
         state, changed, adapter = "changed", (*changed, RECORD), expected
@@ -273,27 +329,22 @@ def _saved(
     )
 
 
-def _state(folder: Path, record: Mapping[str, Any] | None) -> tuple[State, tuple[str, ...]]:
-    if not folder.is_dir():
-        return "gone", ()
-    if record is None:
-        damaged = (folder / RECORD).exists()
-        return ("changed", (RECORD,)) if damaged else ("not recorded", ())
-    changed = changed_files(folder, record["files"])
-    return ("changed" if changed else "ok"), changed
-
-
 class _Sampled:
     """Numbers and rewards of a run's trajectories, by the weights that sampled them."""
 
     def __init__(self, rows: Iterator[dict[str, Any]]):
-        self.unattributed = 0
+        self.total = self.unattributed = 0
         self._rewards: dict[tuple[str, str], list[float | None]] = defaultdict(list)
         for row in rows:
+            self.total += 1
             if row.get("adapter"):
                 self._rewards[row["adapter"], row["phase"]].append(row["reward"])
             else:
                 self.unattributed += 1
+
+    def of_weights(self, adapters: Collection[str | None]) -> int:
+        """How many are of these weights, to train on or to measure."""
+        return sum(len(rewards) for (adapter, _), rewards in self._rewards.items() if adapter in adapters)
 
     def of(self, adapter: str | None) -> dict[str, Any]:
         trained, evaluated = (self._rewards.get((adapter or "", phase), []) for phase in ("train", "eval"))

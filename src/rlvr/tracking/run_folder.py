@@ -32,6 +32,7 @@ from rlvr.errors import RunFolderError
 from rlvr.secrets import without_secrets
 from rlvr.tracking.trajectories import TrajectoryRecord
 
+SUMMARY = "summary.json"
 NEWEST = "last"  # --resume-from-checkpoint last
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
@@ -119,7 +120,7 @@ class RunFolder:
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Replaces the summary of an earlier part of the same run."""
         if _is_main_process():
-            (self.path / "summary.json").write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
+            (self.path / SUMMARY).write_text(_json(summary, indent=2) + "\n", encoding="utf-8")
 
     def add_export(self, row: Mapping[str, Any]) -> None:
         self._append("exports.jsonl", [row])
@@ -157,12 +158,23 @@ class RunFolder:
         return self._read(path) if path.is_file() else {}
 
     def summary(self) -> dict[str, Any]:
-        return self._read(self.path / "summary.json")
+        """
+        Raises:
+            RunFolderError: it is not there, or damaged.
+        """
+        summary = self._read(self.path / SUMMARY)
+        if "steps" not in summary:
+            raise RunFolderError(f"{str(self.path / SUMMARY)!r} is damaged: it does not say how many steps were done.")
+        return summary
+
+    @property
+    def is_finished(self) -> bool:
+        return (self.path / SUMMARY).is_file()
 
     def trained(self) -> Path | None:
         """The folder of the trained policy: its adapter, or all its weights. None where the run has not finished."""
         folders = [self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()]
-        return folders[0] if folders and (self.path / "summary.json").is_file() else None
+        return folders[0] if folders and self.is_finished else None
 
     def saved_checkpoints(self) -> dict[int, Path]:
         """Step → folder, in the order of steps. Those cut off while they were written are left out."""

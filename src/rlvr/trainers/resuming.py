@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlvr.config import LORA, TrainSettings
 from rlvr.errors import ConfigError, RunFolderError
-from rlvr.tracking.lineage import check_base_files, exact_revision
+from rlvr.tracking.lineage import check_base_files, exact_revision, recorded_base
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.wording import counted
 
@@ -30,7 +30,7 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
     assert settings.output_dir is not None
     run = RunFolder(Path(settings.output_dir))
     before, now = run.config(), settings.as_dict()
-    base = run.origin(1).get("base")
+    base = recorded_base(run)
     if settings.revision is not None and settings.revision == exact_revision(base):
         before["revision"] = settings.revision  # the same, said exactly
     changed = [

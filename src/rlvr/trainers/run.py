@@ -23,7 +23,7 @@ from rlvr.rollout.tool_calls import asked_parser
 from rlvr.secrets import NOT_KEPT, options_not_kept
 from rlvr.tracking.adapter_hash import adapter_hash
 from rlvr.tracking.hub import check_push, push
-from rlvr.tracking.lineage import check_base_commit, exact_revision, write_record
+from rlvr.tracking.lineage import check_base_commit, exact_revision, recorded_base, write_record
 from rlvr.tracking.run_folder import RunFolder, find_checkpoint
 from rlvr.trainers.arguments import grpo_config, training_arguments
 from rlvr.trainers.colocated import check_vllm_can_start, variables_kept
@@ -191,7 +191,7 @@ def train_with(
         chooses_checkpointing = policy is None and settings.gradient_checkpointing is None
         policy = policy or _load_policy(settings, backend)
         if checkpoint is not None:
-            check_base_commit(folder.origin(1).get("base"), policy.settings.revision)
+            check_base_commit(recorded_base(folder), policy.settings.revision)
         rows = training_rows(environment, policy, settings)
         evaluator = Evaluator(
             environment, backend, policy, settings, parser, keep=folder.add_trajectories, add_row=folder.add_metrics
@@ -255,7 +255,7 @@ def _train(
     if trainer.is_world_process_zero():
         saved = folder.path / ("model" if policy.settings.full_finetuning else "adapter")
         backend.save(policy, saved)
-        write_base_revision(saved, exact_revision(folder.origin(1).get("base")))
+        write_base_revision(saved, exact_revision(recorded_base(folder)))
         write_record(saved, adapter=trained, step=trainer.state.global_step)
     summary = {
         **_training_facts(trainer, settings, environment),
