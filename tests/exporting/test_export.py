@@ -1,5 +1,6 @@
 """`rlvr.export`: what it writes is the trained policy, and what is not is found and leaves nothing behind."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import rlvr
 from rlvr.backends.hf.backend import HFBackend
+from rlvr.backends.hf.merge import merged_state_dict, with_weights
 from rlvr.errors import ConfigError, ExportError, RunFolderError
 from rlvr.tracking.run_folder import RunFolder
 
@@ -129,6 +131,45 @@ class WritesAnotherTokenizer(HFBackend):
         path.write_text(path.read_text().replace('"a":', '"~":').replace('"e":', '"a":').replace('"~":', '"e":'))
 
 
+class WritesFloat32(HFBackend):
+    def _merged(self, policy):
+        return with_weights(policy.model.get_base_model(), merged_state_dict(policy.model), torch.float32)
+
+
+class NamesAnotherBase(HFBackend):
+    name_and_value = ("base_model_name_or_path", "nobody/not-the-base")
+
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        path = Path(folder) / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **dict([self.name_and_value])}))
+
+
+class NamesAnotherRevision(NamesAnotherBase):
+    name_and_value = ("revision", "v2")
+
+
+class WritesNoTokenizer(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        for path in Path(folder).glob("*token*"):
+            path.unlink()
+
+
+class WritesAnotherTemplate(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
+
+
+class WritesAnotherEos(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.eos_token = tokenizer.pad_token
+        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
+
+
 class FailsMidway(HFBackend):
     error = OSError(28, "No space left on device")
 
@@ -149,6 +190,18 @@ class IsInterrupted(FailsMidway):
         (DropsAlpha(), "adapter", ExportError, r"shows (4|5)\d% of what was trained \(allowed: 95%"),
         (LoadsAFreshAdapter(), "merged-16bit", ExportError, "is not the one that was trained: its weights have the"),
         (WritesAnotherTokenizer(), "merged-16bit", ExportError, "tokenizer reads the same texts as other tokens"),
+        (WritesFloat32(), "merged-16bit", ExportError, "holds weights in F32, not in 16 bits"),
+        (
+            NamesAnotherBase(),
+            "adapter",
+            ExportError,
+            "names the base 'nobody/not-the-base', and the run was trained on",
+        ),
+        (NamesAnotherRevision(), "adapter", ExportError, "names the revision 'v2' of its base, and the run.*on None"),
+        (WritesNoTokenizer(), "adapter", ExportError, "holds no tokenizer that transformers can load"),
+        (WritesAnotherTemplate(), "merged-16bit", ExportError, "chat template is another than the trained policy's"),
+        (WritesAnotherTemplate(), "adapter", ExportError, "chat template is another than the trained policy's"),
+        (WritesAnotherEos(), "merged-16bit", ExportError, r"ends a turn with '<\|endoftext\|>', and the trained"),
         (FailsMidway(), "merged-16bit", ExportError, "the export cannot be written: .*No space left"),
         (IsInterrupted(), "adapter", KeyboardInterrupt, ""),
     ],
@@ -234,6 +287,34 @@ def test_an_export_of_changed_files_is_refused(trained):
     )
     with pytest.raises(RunFolderError, match=r"no longer those that the run saved: adapter_model\.safetensors"):
         rlvr.export(run)
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("record", ["without a record", "with its record"])
+def test_weights_that_were_exchanged_are_not_what_the_run_says_that_it_trained(trained, record):
+    run = trained()
+    names = ["adapter_model.safetensors", *(["lineage.json"] if record == "with its record" else [])]
+    (run / "adapter" / "lineage.json").unlink()
+    for name in names:
+        shutil.copy(run / "checkpoints" / "checkpoint-1" / name, run / "adapter" / name)
+    if record == "with its record":  # of which the other files are those of the adapter
+        path = run / "adapter" / "lineage.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "files": {}}))
+    with pytest.raises((ExportError, RunFolderError), match=r"is not the one that was trained|saved: lineage\.json"):
+        rlvr.export(run)
+    assert not (run / "exports").exists()
+
+
+@pytest.mark.both
+def test_a_run_whose_records_are_damaged_is_not_exported(trained):
+    run = trained()
+    (run / "adapter" / "lineage.json").write_text("{}")
+    with pytest.raises(RunFolderError, match=r"no longer those that the run saved: lineage\.json"):
+        rlvr.export(run)
+    for damage in ("garbage", "{}"):
+        (run / "summary.json").write_text(damage)
+        with pytest.raises(RunFolderError, match=r"summary\.json' (cannot be read|is damaged)"):
+            rlvr.export(run)
 
 
 @pytest.mark.both

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from rlvr.backends.protocol import ExportFormat, LoadedPolicy, ModelBackend
 from rlvr.errors import ConfigError, ExportError, RunFolderError
+from rlvr.exporting.contents import file_problems, tokenizer_problems
 from rlvr.exporting.parity import Expected, Parity, compare, logprobs, tolerance
 from rlvr.exporting.source import Source, find_source
 from rlvr.exporting.writers import Writer, choose_writer
@@ -130,13 +131,12 @@ def _written_and_compared(
     _free_memory()
 
     logger.info("loading the export back, to compare it")
+    problems = file_problems(staging, export_format, source.settings)
     model, exported_tokenizer = writer.load(staging, source.settings)
     parity = compare(model, expected, base=base, allowed=allowed)
     del model
     _free_memory()
-    problems = parity.problems
-    if not _same_tokens(tokenizer, exported_tokenizer):
-        problems.append("its tokenizer reads the same texts as other tokens")
+    problems = [*parity.problems, *problems, *tokenizer_problems(tokenizer, exported_tokenizer, export_format)]
     if problems:
         raise ExportError(
             f"the {export_format} export of {str(source.folder)!r} is not the policy that was trained, and is not "
@@ -166,7 +166,8 @@ def _trained(source: Source, backend: ModelBackend) -> LoadedPolicy:
     if source.adapter is not None and found != source.adapter:
         raise ExportError(
             f"the policy loaded from {str(source.folder)!r} is not the one that was trained: its weights have the "
-            f"hash {found}, and the run recorded {source.adapter}. The backend has saved or loaded other weights."
+            f"hash {found}, and the run recorded {source.adapter}. The files were exchanged, or the backend has saved "
+            f"or loaded other weights; 'rlvr lineage {source.run.path}' shows which weights are where."
         )
     backend.for_inference(policy)
     return policy
@@ -177,12 +178,6 @@ def _expected(source: Source, backend: ModelBackend, policy: LoadedPolicy) -> Ex
 
     texts = probe_texts(policy.tokenizer, source.run.trajectories(), max_tokens=source.settings.max_seq_length)
     return Expected.of(policy.model, texts)
-
-
-def _same_tokens(one: Any, other: Any) -> bool:
-    from rlvr.exporting.texts import FIXED
-
-    return all(one(text, verbose=False)["input_ids"] == other(text, verbose=False)["input_ids"] for text in FIXED)
 
 
 def _describe(source: Source, export_format: ExportFormat, parity: Parity, folder: Path) -> None:

@@ -106,7 +106,20 @@ class BackendWriter:
         quantization: Any = own.get(self.export_format, settings.quantization)
         policy = self.backend.load_saved(folder, replace(settings, quantization=quantization))
         self.backend.for_inference(policy)
-        return policy.model, policy.tokenizer
+        return policy.model, _tokenizer_in(folder, settings)
+
+
+def _tokenizer_in(folder: Path, settings: ModelSettings) -> Any:
+    """As others load it: a backend may take the base's, and find in the folder's what others do not."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    except Exception as error:  # a missing one surfaces as OSError, ValueError, TypeError, ...
+        raise ExportError(
+            f"the export holds no tokenizer that transformers can load, and is not kept: {error}. The backend's "
+            "'save' has to write it beside the weights."
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+
 def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     """The base model's state dict with the active adapter merged in, on the CPU.
 
