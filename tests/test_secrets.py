@@ -39,3 +39,19 @@ def test_secrets_are_left_out_however_deep_they_are():
     assert options_not_kept(kept["env_options"]) == ["judge", "credentials"]
     assert options_not_kept(options) == []
     assert without_secrets({})["env_options"] == {}
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("http://user:hunter2@host/x", f"http://{NOT_KEPT}@host/x"),
+        ("https://hf_token@host:8000/v1?a=b@c", f"https://{NOT_KEPT}@host:8000/v1?a=b@c"),
+        ("postgresql://u:p@ss@db", f"postgresql://{NOT_KEPT}@db"),
+        ("from http://a:b@x to http://c:d@y", f"from http://{NOT_KEPT}@x to http://{NOT_KEPT}@y"),
+        *((same, same) for same in ("http://host/@me", "mail me@host", "http://host?at=@", f"http://{NOT_KEPT}@host")),
+    ],
+)
+def test_users_and_passwords_in_addresses_are_left_out(address, shown):
+    kept = without_secrets({"api_base_url": address, "env_options": {"judge": {"urls": [address]}}})
+    assert kept == {"api_base_url": shown, "env_options": {"judge": {"urls": [shown]}}}
+    assert options_not_kept(kept["env_options"]) == (["judge"] if NOT_KEPT in shown else [])

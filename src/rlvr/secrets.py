@@ -1,4 +1,4 @@
-"""Keys and passwords among the options of an environment: they are used, and neither stored nor shown."""
+"""Keys and passwords among the options of an environment, and in addresses: used, and neither stored nor shown."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ _SECRET = re.compile(
     r"|password|passwords|passwd|passphrase|passcode|pwd|credentials?|auth|authorization|bearer|cookies?)$",
     re.IGNORECASE,
 )
+_LOGIN = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # http://user:password@host; RFC 3986, 3.2.1
 
 
 def is_secret(name: str) -> bool:
@@ -26,8 +27,10 @@ def is_secret(name: str) -> bool:
 
 
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration with `NOT_KEPT` for the secrets among the environment's options, however deep they are."""
-    return {**config, "env_options": _hidden(config.get("env_options") or {})}
+    """The configuration with `NOT_KEPT` for secrets: options of the environment that are ones by name, however deep
+    they are, and the user and password of every address."""
+    shown = {name: _without_logins(value) for name, value in config.items()}
+    return {**shown, "env_options": _hidden(config.get("env_options") or {})}
 
 
 def options_not_kept(env_options: Mapping[str, Any]) -> list[str]:
@@ -41,10 +44,16 @@ def _hidden(value: Any) -> Any:
             name: NOT_KEPT if item is not None and is_secret(str(name)) else _hidden(item)
             for name, item in value.items()
         }
-    return [_hidden(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return [_hidden(item) for item in value] if isinstance(value, (list, tuple)) else _without_logins(value)
+
+
+def _without_logins(value: Any) -> Any:
+    return _LOGIN.sub(NOT_KEPT, value) if isinstance(value, str) else value
 
 
 def _holds_placeholder(value: Any) -> bool:
     if isinstance(value, Mapping):
         value = list(value.values())
-    return any(map(_holds_placeholder, value)) if isinstance(value, (list, tuple)) else value == NOT_KEPT
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_placeholder, value))
+    return isinstance(value, str) and NOT_KEPT in value

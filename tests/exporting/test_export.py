@@ -337,7 +337,7 @@ def test_nothing_is_written_over_and_others_files_beside_it_stay(trained, tmp_pa
 def test_the_model_card_says_what_was_trained_and_no_secret(trained, lively_model):
     run = trained()
     path = run / "config.yaml"
-    secret = {"api_key": "hush", "data": "/home/me/private/rows.jsonl", "levels": "2"}
+    secret = {"api_key": "hush", "data": "/home/me/private/rows.jsonl", "levels": "2", "url": "http://u:hunter2@h"}
     path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "env_options": secret}))
     folder = rlvr.export(run, "merged-16bit").folder
     card = ModelCard.load(folder / "README.md")
@@ -352,7 +352,7 @@ def test_the_model_card_says_what_was_trained_and_no_secret(trained, lively_mode
         f"| reward | {summary['eval_before']['reward']:.3f} | {summary['eval_after']['reward']:.3f} |",
     ):
         assert words in card.text
-    for words in ("hush", "/home/me", str(lively_model.parent), str(run)):
+    for words in ("hush", "hunter2", "/home/me", str(lively_model.parent), str(run)):
         assert words not in card.content
 
 
@@ -391,3 +391,38 @@ def test_it_is_pushed_on_request_only_and_after_the_comparison(trained, hub):
     assert created == ("create", "me/it", {"private": True, "exist_ok": True})
     assert uploaded[:2] == ("upload", "me/it")
     assert {"README.md", "parity.json", "lineage.json", "model.safetensors", "tokenizer.json"} <= set(uploaded[2])
+
+
+@pytest.mark.both
+def test_what_could_not_be_pushed_is_complete_and_the_way_to_push_it_is_said(trained, hub, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **options):
+        raise ConnectionError("the Hub is away")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    run = trained()
+    folder = run / "exports" / "adapter"
+    with pytest.raises(ExportError, match=rf"{folder}' is complete, .*Hub is away.*'hf upload me/it {folder} \. --p"):
+        rlvr.export(run, push_to_hub="me/it", private=True)
+    assert (folder / "lineage.json").is_file()
+    assert [row["format"] for row in RunFolder(run).exports()] == ["adapter"]
+
+
+@pytest.mark.both
+@pytest.mark.parametrize("full", [False, True])
+def test_the_runs_own_folder_has_our_card(trained, full):
+    folder = RunFolder(trained(full=full)).trained()
+    card = ModelCard.load(folder / "README.md")
+    assert "environment `bytes`" in card.text
+    assert "More Information Needed" not in card.text
+
+
+@pytest.mark.both
+def test_versions_on_the_card_include_those_of_plugins(trained):
+    run = trained()
+    path = run / "versions.json"
+    versions = json.loads(path.read_text())
+    versions["packages"]["their-backend"] = "0.7"
+    path.write_text(json.dumps(versions))
+    assert "- their-backend 0.7" in (rlvr.export(run).folder / "README.md").read_text()

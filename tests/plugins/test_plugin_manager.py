@@ -17,6 +17,7 @@ from rlvr.errors import (
     UnknownPluginError,
 )
 from rlvr.plugins.manager import (
+    announced_by,
     environment_options,
     list_backends,
     list_environments,
@@ -338,3 +339,10 @@ def test_an_environment_object_is_returned_as_it_is():
 def test_unknown_environment():
     with pytest.raises(UnknownPluginError, match=r"unknown environment 'aritmetic'.*See 'rlvr environments'"):
         load_environment("aritmetic")
+
+
+def test_who_announces_a_backend_and_an_environment_is_known_without_importing_them(install):
+    install("mine", "raise RuntimeError")
+    install("theirs", "raise RuntimeError", group="rlvr.environments", distribution="their-package")
+    assert announced_by("mine", "theirs:hard") == {"mine-plugin": "1.2", "their-package": "1.2"}
+    assert announced_by("hf", "an object's") == {"rlvr": rlvr.__version__}

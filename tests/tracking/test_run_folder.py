@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rlvr.errors import RunFolderError
-from rlvr.tracking.run_folder import RunFolder, find_checkpoint
+from rlvr.tracking.run_folder import RunFolder, find_checkpoint, versions
 from rlvr.tracking.trajectories import TrajectoryRecord
 
 
@@ -52,6 +52,13 @@ def test_a_run_leaves_its_settings_versions_and_rows(tmp_path):
     versions = json.loads((folder.path / "versions.json").read_text())
     assert versions["seeds"] == {"run": 3}
     assert {"rlvr", "torch", "trl"} <= versions["packages"].keys()
+
+
+def test_versions_have_the_distributions_of_backend_and_environment(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "rlvr.tracking.run_folder.announced_by", lambda backend, environment: {f"{backend}-of": environment}
+    )
+    assert versions({"backend": "mine", "env": "sums"})["packages"]["mine-of"] == "sums"
 
 
 def test_a_folder_that_holds_anything_is_refused_and_left_alone(tmp_path):

@@ -10,9 +10,10 @@ from typing import Any
 from rlvr.backends.protocol import ExportFormat
 from rlvr.config import MEMORY, ROLLOUTS, TRAINING, TrainSettings
 from rlvr.exporting.parity import Parity
-from rlvr.exporting.source import Source
+from rlvr.exporting.source import Source, find_source
 from rlvr.exporting.writers import GGUF_FILE
 from rlvr.secrets import without_secrets
+from rlvr.tracking.run_folder import PACKAGES, RunFolder
 from rlvr.wording import counted
 
 _PACKAGES = ("rlvr", "torch", "transformers", "trl", "peft", "unsloth", "unsloth_zoo", "bitsandbytes")
@@ -68,6 +69,13 @@ def model_card(source: Source, export_format: ExportFormat, parity: Parity | Non
     return "\n\n".join(sections) + "\n"
 
 
+def write_own_card(run: RunFolder) -> None:
+    """Puts the card of a finished run beside its weights, in place of PEFT's empty one."""
+    source = find_source(run.path)
+    card = model_card(source, "adapter" if source.is_adapter else "merged-16bit", parity=None)
+    (source.folder / "README.md").write_text(card, encoding="utf-8")
+
+
 def _front_matter(source: Source, export_format: ExportFormat) -> str:
     from huggingface_hub import ModelCardData
 
@@ -118,7 +126,8 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _versions(versions: Mapping[str, Any]) -> str:
     packages = versions["packages"]
-    found = [("Python", versions["python"]), *((name, packages[name]) for name in _PACKAGES if name in packages)]
+    names = [*_PACKAGES, *(name for name in packages if name not in PACKAGES)]  # the latter: of plugins
+    found = [("Python", versions["python"]), *((name, packages[name]) for name in names if name in packages)]
     devices = ", ".join(versions["devices"])
     return "\n".join([*(f"- {name} {version}" for name, version in found), f"- trained on: {devices}"])
 

@@ -178,6 +178,12 @@ def environment_description(name: str) -> str:
     return inspect.getdoc(_load(_ENVIRONMENT, name.partition(":")[0]).make) or ""
 
 
+def announced_by(backend: str, environment: str) -> dict[str, str]:
+    """Distribution → version of what announces a backend and an environment. Reads metadata and imports nothing."""
+    named = [(_BACKEND, backend), (_ENVIRONMENT, environment.partition(":")[0])]
+    return dict(_distribution(claim) for kind, name in named for claim in _discover(kind).get(name, []))
+
+
 @functools.cache
 def _load_backend_named(name: str) -> ModelBackend:
     plugin = _load(_BACKEND, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from rlvr.errors import ConfigError
+from rlvr.errors import ConfigError, ExportError
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,21 @@ def push(folder: Path, repository: str, *, private: bool | None = None) -> str:
     Args:
         repository: one of the user's own where it names no owner.
         private: whether it is private, if it has to be made; None as the owner's settings have it.
+
+    Raises:
+        ExportError: it was not uploaded; the folder is as it was.
     """
     from huggingface_hub import HfApi
 
     logger.info("uploading to %s", repository)
     api = HfApi()
-    url = api.create_repo(repository, private=private, exist_ok=True)
-    api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    try:
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=url.repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except Exception as error:  # the network's, the Hub's, the token's: clients raise what they meet
+        flag = " --private" if private else ""
+        raise ExportError(
+            f"{str(folder)!r} is complete, and was not uploaded to {repository!r}: {error}. Upload it with 'hf upload "
+            f"{repository} {folder} .{flag}'."
+        ) from error
     return str(url)

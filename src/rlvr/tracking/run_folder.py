@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.errors import RunFolderError
+from rlvr.plugins.manager import announced_by
 from rlvr.secrets import without_secrets
 from rlvr.tracking.trajectories import TrajectoryRecord
 
@@ -98,7 +99,7 @@ class RunFolder:
         for rows in self.path.glob("*.jsonl"):
             _cut_half_line(rows)
         self._write_new(f"config{suffix}.yaml", text)
-        self._write_new(f"versions{suffix}.json", _json({**versions(), "seeds": dict(seeds)}, indent=2))
+        self._write_new(f"versions{suffix}.json", _json({**versions(config), "seeds": dict(seeds)}, indent=2))
         self._write_new(f"policy{suffix}.json", _json(policy, indent=2))
 
     def add_origin(self, origin: Mapping[str, Any]) -> None:
@@ -295,8 +296,8 @@ PACKAGES = (
 )
 
 
-def versions() -> dict[str, Any]:
-    """Python, platform, the installed packages that matter, and the devices."""
+def versions(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Python, platform, the devices, and the packages that matter, with those of a run's backend and environment."""
     import platform
     from importlib.metadata import PackageNotFoundError, version
 
@@ -309,7 +310,7 @@ def versions() -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": packages,
+        "packages": packages | announced_by(str(config.get("backend")), str(config.get("env"))),
         "devices": _devices(),
     }
 

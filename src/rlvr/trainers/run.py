@@ -17,6 +17,7 @@ from rlvr.config import TrainSettings, merge, processes, read_config, settings_f
 from rlvr.environments.base import Environment
 from rlvr.environments.tools import check_tools
 from rlvr.errors import ConfigError, DataError
+from rlvr.exporting.card import write_own_card
 from rlvr.exporting.writers import write_base_revision
 from rlvr.plugins.manager import BACKEND_VARIABLE, DEFAULT_BACKEND
 from rlvr.rollout.tool_calls import asked_parser
@@ -265,8 +266,10 @@ def _train(
         "eval_after": after.metrics if after else {},
     }
     folder.write_summary(summary)
-    if settings.push_to_hub and trainer.is_world_process_zero():
-        _push(folder, _repository(settings))
+    if trainer.is_world_process_zero():
+        write_own_card(folder)
+        if settings.push_to_hub:
+            push(saved, _repository(settings))
     return Run(folder.path, summary, policy)
 
 
@@ -331,17 +334,6 @@ def _check_services(settings: TrainSettings) -> None:
         given = settings.hub_model_id is not None
         option = "hub_model_id" if given else "run_name, which names the repository where hub_model_id is not given,"
         check_push(_repository(settings), option=option)
-
-
-def _push(run: RunFolder, repository: str) -> None:
-    """Uploads what the run has saved, with a model card."""
-    from rlvr.exporting.card import model_card
-    from rlvr.exporting.source import find_source
-
-    source = find_source(run.path)
-    card = model_card(source, "adapter" if source.is_adapter else "merged-16bit", parity=None)
-    (source.folder / "README.md").write_text(card, encoding="utf-8")
-    push(source.folder, repository)
 
 
 def _repository(settings: TrainSettings) -> str:

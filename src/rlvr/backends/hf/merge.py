@@ -41,9 +41,9 @@ def merged_state_dict(model: PeftModel) -> dict[str, torch.Tensor]:
     return merged
 
 
-def _merged_layer(layer: BaseTunerLayer) -> torch.nn.Module:
+def _merged_layer(layer: Any) -> torch.nn.Module:
     """A layer in float32 without its wrappers: experts have one around another for each of their parameters."""
-    alone: Any = copy.deepcopy(layer).cpu().float()
+    alone = copy.deepcopy(layer).cpu().float()
     for wrapper in (module for module in alone.modules() if isinstance(module, BaseTunerLayer)):
         wrapper.merge(safe_merge=True)
     return alone.get_base_layer()
