@@ -61,5 +61,5 @@ def test_a_damaged_record_and_what_was_not_saved_are_shown(command, run):
     assert shown.code == 1
     assert shown.out.count("damaged: origin.json") == 2
     assert "damaged: summary.json" in shown.out
-    assert "which were not saved: 8 of 8" in shown.out
+    assert "weights that no line has: 8 of 8" in shown.out
     assert command("lineage", run, "--json").code == 1

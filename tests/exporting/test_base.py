@@ -25,8 +25,8 @@ def logits(model):
     return model.eval()(IDS).logits.float()
 
 
-def train(model, folder, **settings):
-    return rlvr.train(environment(), model, "hf", **SMALL, max_steps=2, output_dir=folder, **settings).folder
+def train(model, folder, backend="hf", **settings):
+    return rlvr.train(environment(), model, backend, **SMALL, max_steps=2, output_dir=folder, **settings).folder
 
 
 @pytest.fixture
@@ -97,9 +97,10 @@ def test_a_run_on_a_branch_that_has_moved_goes_on_at_its_commit_alone(branch, tm
     assert RunFolder(run).origin(2)["base"]["commit"] == COMMITS[0]
 
 
-def test_an_adapter_names_the_commit_of_its_base_and_so_does_the_code_of_its_card(branch, tmp_path):
+@pytest.mark.parametrize("backend", ["hf", pytest.param("unsloth", marks=pytest.mark.unsloth)])
+def test_an_adapter_names_the_commit_of_its_base_and_so_does_the_code_of_its_card(branch, tmp_path, backend):
     branch(1)
-    run = train("me/tiny", tmp_path / "run", revision=COMMITS[0])
+    run = train("me/tiny", tmp_path / "run", backend, revision=COMMITS[0])
     export = rlvr.export(run).folder
     for folder in (run / "adapter", export):
         assert json.loads((folder / "adapter_config.json").read_text())["revision"] == COMMITS[0]

@@ -122,6 +122,16 @@ def test_a_damaged_record_is_a_change_and_a_missing_one_is_said(run):
 
 
 @pytest.mark.both
+def test_an_adapter_beside_a_merged_model_is_a_change(run):
+    folder = rlvr.export(run, "merged-16bit").folder
+    (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    (folder / "notes.md").write_text("mine")
+    assert rlvr.lineage(run).ok
+    shutil.copy(run / "adapter" / "adapter_config.json", folder)
+    assert rlvr.lineage(run).links[-1].changed == ("adapter_config.json (added)",)
+
+
+@pytest.mark.both
 @pytest.mark.parametrize("damage", ["{}", '{"adapter": null, "step": 1, "files": null}', "[]", "garbage"])
 @pytest.mark.parametrize(
     ("file", "damaged"),
@@ -156,13 +166,13 @@ def test_a_trained_policy_that_was_deleted_is_gone(run):
 
 
 @pytest.mark.both
-def test_trajectories_of_weights_that_were_not_saved_are_counted(run):
+def test_trajectories_of_weights_that_no_link_has_are_counted(run):
     for step in (1, 3):
         shutil.rmtree(run / "checkpoints" / f"checkpoint-{step}")
     rows = [row["step"] for row in RunFolder(run).trajectories()]
     chain = rlvr.lineage(run)
-    assert (chain.unsaved, chain.trajectories) == (rows.count(1) + rows.count(3), len(rows)) == (16, 38)
-    assert chain.as_json()["unsaved_trajectories"] == 16
+    assert (chain.unlisted, chain.trajectories) == (rows.count(1) + rows.count(3), len(rows)) == (16, 38)
+    assert chain.as_json()["unlisted_trajectories"] == 16
 
 
 @pytest.mark.both

@@ -57,10 +57,8 @@ def print_lineage(found: Lineage) -> None:
     console = Console(markup=False)
     console.print(table)
     console.print("rollouts, evaluated: trajectories that these weights sampled · their mean reward", soft_wrap=True)
-    if found.unsaved:
-        console.print(
-            f"Trajectories of weights between these, which were not saved: {found.unsaved} of {found.trajectories}."
-        )
+    if found.unlisted:
+        console.print(f"Trajectories of weights that no line has: {found.unlisted} of {found.trajectories}.")
     if found.unattributed:
         console.print(f"Trajectories without a hash of the weights that sampled them: {found.unattributed}.")
 

@@ -55,7 +55,7 @@ class Lineage:
     run: Path
     links: tuple[Link, ...]
     trajectories: int
-    unsaved: int  # trajectories of weights that no link has: they lie between two checkpoints
+    unlisted: int  # trajectories of weights that no link has: between two checkpoints, or of one that is gone
     unattributed: int  # trajectories that carry no hash
 
     @property
@@ -69,7 +69,7 @@ class Lineage:
             "run": str(self.run),
             "ok": self.ok,
             "trajectories": self.trajectories,
-            "unsaved_trajectories": self.unsaved,
+            "unlisted_trajectories": self.unlisted,
             "unattributed_trajectories": self.unattributed,
             "links": links,
         }
@@ -90,8 +90,8 @@ def lineage(run: str | Path) -> Lineage:
     links = _origin(folder, sampled)
     links += sorted([*_checkpoints(folder, sampled), *_resumed(folder, parts)], key=lambda link: link.step or 0)
     links += [*_trained(folder, sampled), *_exports(folder)]
-    unsaved = sampled.total - sampled.unattributed - sampled.of_weights({link.adapter for link in links})
-    return Lineage(folder.path, tuple(links), sampled.total, unsaved, sampled.unattributed)
+    unlisted = sampled.total - sampled.unattributed - sampled.of_weights({link.adapter for link in links})
+    return Lineage(folder.path, tuple(links), sampled.total, unlisted, sampled.unattributed)
 
 
 def write_record(folder: Path, *, adapter: str | None, step: int, **facts: Any) -> None:
@@ -203,11 +203,15 @@ def cached_commit(model: str, revision: str | None) -> str | None:
 
 def file_hashes(paths: Iterable[Path], folder: Path) -> dict[str, str]:
     """Name within `folder` → SHA-256 of the files that make a policy: weights, configuration, tokenizer."""
-    files = sorted(path for path in paths if path.suffix in _SUFFIXES and path.name not in _OTHERS and path.is_file())
+    files = sorted(filter(_makes_a_policy, paths))
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the interpreter's lock
         return dict(
             zip((path.relative_to(folder).as_posix() for path in files), pool.map(_sha256, files), strict=True)
         )
+
+
+def _makes_a_policy(path: Path) -> bool:
+    return path.suffix in _SUFFIXES and path.name not in _OTHERS and path.is_file()
 
 
 def _folder(model: str) -> Path:
@@ -220,6 +224,14 @@ def changed_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
     """The names among `recorded` whose files are not as they were, or not there."""
     now = file_hashes((folder / name for name in recorded), folder)
     return tuple(name for name, digest in recorded.items() if now.get(name) != digest)
+
+
+def added_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of files that make a policy and are not among `recorded`: an adapter beside a merged model is loaded
+    with it. GGUF files may be there, `llama-quantize` makes smaller ones."""
+    files = sorted(path for path in folder.rglob("*") if _makes_a_policy(path) and path.suffix != ".gguf")
+    names = (path.relative_to(folder).as_posix() for path in files)
+    return tuple(f"{name} (added)" for name in names if name not in recorded)
 
 
 def folder_state(folder: Path, record: Mapping[str, Any] | None) -> tuple[State, tuple[str, ...]]:
@@ -320,6 +332,8 @@ def _saved(
     """A folder with a record. `expected` is what the run says that the record says."""
     record = read_record(path)
     state, changed = folder_state(path, record)
+    if record is not None and (added := added_files(path, record["files"])):
+        state, changed = "changed", (*changed, *added)
     adapter = record["adapter"] if record else expected
     if expected is not None and adapter != expected:
         state, changed, adapter = "changed", (*changed, RECORD), expected
