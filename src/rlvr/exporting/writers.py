@@ -116,9 +116,10 @@ def _tokenizer_in(folder: Path, settings: ModelSettings) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
     except Exception as error:  # a missing one surfaces as OSError, ValueError, TypeError, ...
+        reason = (str(error).splitlines() or ["no message"])[0]
         raise ExportError(
-            f"the export holds no tokenizer that transformers can load, and is not kept: {error}. The backend's "
-            "'save' has to write it beside the weights."
+            "the export holds no tokenizer that transformers can load, and is not kept. The backend's 'save' has to "
+            f"write it beside the weights. {type(error).__name__}: {reason}"
         ) from error
 
 
