@@ -81,7 +81,7 @@ def trained_run(**policy):
 
 def changed_run(model):
     trained_run()(model)
-    file("run/adapter/lineage.json", '{"adapter": "0", "files": {"adapter_config.json": "1"}}')(model)
+    file("run/adapter/lineage.json", '{"adapter": "0", "step": 5, "files": {"adapter_config.json": "1"}}')(model)
 
 
 def other_files(model):
