@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+from rlvr.child_process import read_task
 from rlvr.cli import main
 from rlvr.cli.compare import print_comparison
 from rlvr.comparison import BackendRun, Comparison, compare
@@ -165,6 +168,22 @@ def test_what_cannot_run_is_refused_before_anything_does(tmp_path, other_backend
 def test_a_run_that_fails_is_an_error_with_its_last_lines(tmp_path, other_backend):
     with pytest.raises(BackendError, match=r"(?s)backend 'hf' ended with exit code 2.*no-such-model.*does not exist"):
         compare("arithmetic", str(tmp_path / "no-such-model"), ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+
+
+def test_secrets_are_not_on_the_command_line_of_a_process(tmp_path, monkeypatch, other_backend):
+    lines, tasks = [], []
+
+    def record(command, **options):
+        lines.append(" ".join(command))
+        tasks.append(read_task(Path(command[-1])))
+        return subprocess.CompletedProcess(command, returncode=0, stdout="")
+
+    monkeypatch.setattr("rlvr.comparison.subprocess.run", record)
+    secret = {"env_options": {"api_key": "hush"}}
+    with pytest.raises(BackendError):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out", **secret)
+    assert "hush" not in "".join(lines)
+    assert {"api_key": "hush"} in [task.get("settings", {}).get("env_options") for task in tasks]
 
 
 def comparison_of(capsys, folder, *arguments):

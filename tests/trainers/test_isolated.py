@@ -1,6 +1,5 @@
 """`rlvr.train(..., isolate=True)`: the run of this process, made in another."""
 
-import json
 import signal
 import subprocess
 from importlib.util import find_spec
@@ -75,20 +74,6 @@ def test_what_stops_it_is_raised_here_as_the_same_error(model_folder, tmp_path):
     (tmp_path / "taken" / "notes.txt").write_text("mine")
     with pytest.raises(RunFolderError, match=r"holds other files \(notes.txt\)"):
         rlvr.train("arithmetic", model_folder, **SMALL, output_dir=tmp_path / "taken", isolate=True)
-
-
-def test_a_list_of_problems_travels_too():
-    failure = json.loads(json.dumps(isolated._as_failure(ConfigError(["one.", "two."]))))
-    error = isolated._error_from(failure)
-    assert type(error) is ConfigError
-    assert error.problems == ("one.", "two.")
-
-
-def test_a_strangers_error_travels_as_the_nearest_of_ours():
-    class TheirError(RunFolderError):
-        pass
-
-    assert isolated._as_failure(TheirError("full")) == {"type": "RunFolderError", "message": "full"}
 
 
 def test_a_process_that_is_killed_is_an_error_with_its_last_lines(model_folder, tmp_path, monkeypatch):

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlvr.child_process import as_text, environment, task_folder
 from rlvr.errors import BackendError, ConfigError
 
+RESULT = "result.json"  # what a child writes into the folder of its task
 _LAST_LINES = 6
 
 
@@ -182,25 +183,24 @@ def compare(
 def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
     """One backend, in a child process."""
     name = settings["backend"]
-    result, log = folder / f"{name}.json", folder / f"{name}.log"
-    job = json.dumps({"settings": settings, "result": str(result)})
-    with open(log, "w", encoding="utf-8") as output:
-        code = subprocess.run(
-            [sys.executable, "-m", "rlvr.comparison.child", job],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        ).returncode
-    if code or not result.exists():
-        last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
-        raise BackendError(
-            f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n{last}"
-        )
-    found = BackendRun(**json.loads(result.read_text(encoding="utf-8")))
-    result.unlink()
-    return found
+    log = folder / f"{name}.log"
+    with task_folder(as_text({"settings": settings})) as task:
+        with open(log, "w", encoding="utf-8") as output:
+            code = subprocess.run(
+                [sys.executable, "-m", "rlvr.comparison.child", str(task)],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                check=False,
+                env=environment(),
+            ).returncode
+        result = task / RESULT
+        if code or not result.exists():
+            last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
+            raise BackendError(
+                f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n{last}"
+            )
+        return BackendRun(**json.loads(result.read_text(encoding="utf-8")))
 
 
 def _difference_text(difference: float | None) -> str:

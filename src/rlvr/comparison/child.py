@@ -1,4 +1,4 @@
-"""The process that trains with one backend for a comparison: `python -m rlvr.comparison.child JOB`.
+"""The process that trains with one backend for a comparison: `python -m rlvr.comparison.child FOLDER`.
 
 The backend is loaded before anything else is imported, because some have to come first.
 """
@@ -13,7 +13,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr.comparison import BackendRun
+from rlvr.child_process import read_task
+from rlvr.comparison import RESULT, BackendRun
 from rlvr.errors import RlvrError
 
 if TYPE_CHECKING:
@@ -122,14 +123,14 @@ def _text(messages: list[dict[str, Any]]) -> str:
     return json.dumps(messages, ensure_ascii=False, sort_keys=True)
 
 
-def main(job: Mapping[str, Any]) -> None:
+def main(folder: Path) -> None:
     try:
-        found = run(job["settings"])
+        found = run(read_task(folder)["settings"])
     except RlvrError as error:
         print(f"rlvr: {error}", file=sys.stderr)
         sys.exit(2)
-    Path(job["result"]).write_text(json.dumps(asdict(found)), encoding="utf-8")
+    (folder / RESULT).write_text(json.dumps(asdict(found)), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -6,16 +6,13 @@ same error. The trained policy stays in the run folder.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from rlvr import errors
+from rlvr.child_process import as_text, environment, keep_error, kept_error, read_task, task_folder
 from rlvr.config import TrainSettings, processes
 from rlvr.errors import ConfigError, RlvrError, TrainingProcessError
 from rlvr.tracking.run_folder import RunFolder
@@ -40,17 +37,15 @@ def train_isolated(settings: TrainSettings, **given: Any) -> Run:
     if processes() > 1:
         problems.append("isolate=True is for one training process; leave it out under torchrun and accelerate.")
     try:
-        text = json.dumps({"settings": settings.as_dict(), "log_level": _log_level()})
-    except TypeError as error:
-        problems.append(f"isolate=True sends settings as JSON to another process, and one cannot be sent: {error}.")
+        text = as_text({"settings": settings.as_dict(), "log_level": _log_level()})
+    except ConfigError as error:
+        problems += error.problems
     if problems:
         raise ConfigError(problems)
-    with tempfile.TemporaryDirectory(prefix="rlvr-") as folder:  # readable for its owner only
-        Path(folder, "task.json").write_text(text, encoding="utf-8")
+    with task_folder(text) as folder:
         last_lines, code = _run_child(folder)
-        failure = Path(folder, "error.json")
-        if failure.exists():
-            raise _error_from(json.loads(failure.read_text(encoding="utf-8")))
+        if error := kept_error(folder):
+            raise error
     if code != 0:
         how = f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
         raise TrainingProcessError(f"the training process {how}. Its last lines:\n{''.join(last_lines)}")
@@ -67,15 +62,14 @@ _FIX = {
 }
 
 
-def _run_child(folder: str) -> tuple[list[str], int]:
+def _run_child(folder: Path) -> tuple[list[str], int]:
     """Runs it to its end, its output passed on; the last lines and the exit code (minus the signal if killed)."""
-    environment = {name: value for name, value in os.environ.items() if name not in _LEFT_BEHIND}
-    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)  # modules beside a script too
-    environment |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
-    command = [sys.executable, "-m", "rlvr.trainers.isolated", folder]
+    variables = {name: value for name, value in environment().items() if name not in _LEFT_BEHIND}
+    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    command = [sys.executable, "-m", "rlvr.trainers.isolated", str(folder)]
     lines: list[str] = []
     with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
+        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     ) as process:
         try:
             assert process.stdout is not None
@@ -88,29 +82,19 @@ def _run_child(folder: str) -> tuple[list[str], int]:
     return lines, process.returncode
 
 
-def _error_from(failure: dict[str, Any]) -> RlvrError:
-    return getattr(errors, failure["type"])(failure["message"])
-
-
-def _as_failure(error: RlvrError) -> dict[str, Any]:
-    """A stranger's subclass travels as the nearest class of ours."""
-    ours = next(cls for cls in type(error).__mro__ if cls.__module__ == errors.__name__)
-    return {"type": ours.__name__, "message": error.problems if isinstance(error, ConfigError) else str(error)}
-
-
 def _log_level() -> int:
     return logging.getLogger("rlvr").getEffectiveLevel()
 
 
 def _child(folder: Path) -> int:
-    task = json.loads((folder / "task.json").read_text(encoding="utf-8"))
+    task = read_task(folder)
     logging.basicConfig(format="%(levelname)s:%(name)s:%(message)s")
     for name in ("rlvr", "rlvr_unsloth"):
         logging.getLogger(name).setLevel(task["log_level"])
     try:
         train_with(TrainSettings(**task["settings"]))
     except RlvrError as error:
-        (folder / "error.json").write_text(json.dumps(_as_failure(error)), encoding="utf-8")
+        keep_error(folder, error)
         return 2
     return 0
 
