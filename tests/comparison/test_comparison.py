@@ -38,7 +38,7 @@ FIRST = BackendRun(
     step_seconds=[10.0, 4.0, 2.0],
     rollout_seconds=[6.0, 2.0, 1.0],
     scoring_seconds=[1.0, 0.5, 0.25],
-    tokens=800,
+    tokens=[900, 300, 300],
     peak_bytes=3 * 2**20,
     first_loss=0.125,
     first_grad_norm=2.0,
@@ -64,7 +64,9 @@ def test_the_table_by_hand():
     assert rows["  rollout, s"][0] == "1.500"
     assert rows["  scoring, s"][0] == "0.375"
     assert rows["  update, s"][0] == "1.125"  # the median of 1.5 and 0.75
-    assert rows["tokens a second"][0] == "50"  # 800 in 16 s
+    assert (
+        rows["tokens a second"][0] == "112"
+    )  # the median of 300 in 4 s and 300 in 2 s: as the times, without the first step
     assert rows["peak memory, MiB"][0] == "3"
     assert rows["start differs by, nats a token"] == ["0", "0.5"]
     assert rows["same completions at step 1"] == ["4 of 4", "2 of 4"]
@@ -93,7 +95,28 @@ def test_policies_that_read_other_tokens_are_not_compared():
 
 
 def test_one_step_alone_is_its_own_median():
-    assert FIRST.steady([2.5]) == 2.5
+    assert dataclasses.replace(FIRST, rewards=[0.5]).steady([2.5]) == 2.5
+
+
+def test_steps_on_the_same_rollouts_share_their_time_and_their_tokens(tmp_path):
+    run = dataclasses.replace(
+        FIRST,
+        rewards=[0.25, None, 0.5, None, 0.75],
+        step_seconds=[10.0, 1.0, 3.0, 1.0, 8.0],
+        rollout_seconds=[8.0, 0.0, 2.0, 0.0, 6.0],
+        scoring_seconds=[1.0, 0.0, 0.0, 0.0, 0.0],
+        tokens=[900, 0, 400, 0, 400],
+    )
+    assert run.batch_rewards == [(1, 0.25), (3, 0.5), (5, 0.75)]
+    comparison = Comparison(env="e", model="m", as_is=False, runs=(run,))
+    rows = dict(comparison.rows())
+    assert rows["reward, first → last step"] == ["0.250 → 0.750"]
+    assert rows["step, s"] == ["5.000"]  # the median of 2 and 8
+    assert rows["  rollout, s"] == ["3.500"]  # of 1 and 6
+    assert rows["  update, s"] == ["1.500"]  # of 1 and 2
+    assert rows["tokens a second"] == ["75"]  # of 400 in 4 s and 400 in 8 s
+    assert comparison.as_json()["backends"]["one"]["rewards"] == [0.25, None, 0.5, None, 0.75]
+    plot(comparison, tmp_path / "c.png")
 
 
 def test_the_plot_draws_every_reward_and_stacks_the_parts_of_a_step(monkeypatch, tmp_path):
@@ -129,6 +152,9 @@ def test_the_plot_says_what_it_shows(tmp_path):
 
 def test_the_reward_of_a_single_step_is_seen(tmp_path):
     run = dataclasses.replace(FIRST, rewards=[0.5], step_seconds=[2.0], rollout_seconds=[1.0], scoring_seconds=[0.5])
+    assert dict(Comparison(env="e", model="m", as_is=False, runs=(run,)).rows())["reward, first → last step"] == [
+        "0.500 → 0.500"
+    ]
     plot(Comparison(env="arithmetic", model="m", as_is=False, runs=(run, run)), tmp_path / "c.png")
     middle = imread(tmp_path / "c.png")[200:400, 300:600, :3]  # of the rewards
     assert (middle < 0.7).any()
@@ -240,10 +266,20 @@ def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
     for run in found.values():
         assert len(run["step_seconds"]) == len(run["rewards"]) == 2
         assert all(seconds > 0 for seconds in run["rollout_seconds"] + run["scoring_seconds"] + run["update_seconds"])
-        assert run["tokens"] > 0
+        assert len(run["tokens"]) == 2
+        assert all(tokens > 0 for tokens in run["tokens"])
         assert run["peak_bytes"] > 2**20
     assert (tmp_path / "equalised" / "hf" / "metrics.jsonl").exists()
     assert (tmp_path / "equalised" / "comparison.png").exists()
+
+
+def test_steps_may_use_rollouts_again(tmp_path, capsys, model_folder, other_backend):
+    arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "3", "--num-iterations", "2")
+    for run in comparison_of(capsys, tmp_path / "again", *arguments)["backends"].values():
+        assert [reward is None for reward in run["rewards"]] == [False, True, False]
+        assert [tokens > 0 for tokens in run["tokens"]] == [True, False, True]
+        assert [seconds > 0 for seconds in run["rollout_seconds"]] == [True, False, True]
+        assert len(run["step_seconds"]) == 3
 
 
 def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, capsys, model_folder, other_backend):

@@ -10,8 +10,9 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 from rlvr.child_process import as_text, environment, task_folder
@@ -23,17 +24,20 @@ _LAST_LINES = 6
 
 @dataclass(frozen=True, kw_only=True)
 class BackendRun:
-    """What one backend did. Lists have an entry for each step; times in seconds."""
+    """What one backend did. Lists have an entry for each step; times in seconds.
+
+    With `num_iterations` above 1 several steps train on one batch of rollouts: those after its first roll nothing out.
+    """
 
     backend: str
     folder: str
     lora: dict[str, Any] | None  # as applied
     changed_arguments: dict[str, Any]
-    rewards: list[float]
+    rewards: list[float | None]  # None where a step uses the rollouts of an earlier one
     step_seconds: list[float]
     rollout_seconds: list[float]
     scoring_seconds: list[float]
-    tokens: int  # prompts and completions of all steps
+    tokens: list[int]  # prompts and completions rolled out
     peak_bytes: int | None  # of GPU memory, or of the process where there is no GPU
     first_loss: float
     first_grad_norm: float
@@ -42,8 +46,19 @@ class BackendRun:
     probe_logprobs: list[list[float]]  # the starting policy's log-probabilities of their tokens, in nats
 
     def steady(self, seconds: Sequence[float]) -> float:
-        """Median over the steps after the first, in which caches fill and kernels compile."""
-        return median(seconds[1:] or seconds)
+        """Time of a step once caches are full and kernels compiled."""
+        return self._median(lambda steps: fmean(seconds[steps]))
+
+    def _median(self, of: Callable[[slice], float]) -> float:
+        """Over the batches of rollouts after the first; a batch is given as the steps that train on it."""
+        starts = [step for step, reward in enumerate(self.rewards) if reward is not None]
+        values = [of(slice(*steps)) for steps in pairwise([*starts, len(self.rewards)])]
+        return median(values[1:] or values)
+
+    @property
+    def batch_rewards(self) -> list[tuple[int, float]]:
+        """Step, from 1, and mean reward of each batch of rollouts."""
+        return [(step, reward) for step, reward in enumerate(self.rewards, 1) if reward is not None]
 
     @property
     def update_seconds(self) -> list[float]:
@@ -52,7 +67,8 @@ class BackendRun:
 
     @property
     def tokens_per_second(self) -> float:
-        return self.tokens / sum(self.step_seconds)
+        """Over the steps that `steady` looks at."""
+        return self._median(lambda steps: sum(self.tokens[steps]) / sum(self.step_seconds[steps]))
 
     def probe_difference(self, other: BackendRun) -> float | None:
         """Largest difference between the two starting policies, in nats a token; None if they read other tokens."""
@@ -87,7 +103,7 @@ class Comparison:
             return [text(run) for run in self.runs]
 
         return [
-            ("reward, first → last step", cells(lambda run: f"{run.rewards[0]:.3f} → {run.rewards[-1]:.3f}")),
+            ("reward, first → last step", cells(_rewards_text)),
             ("step, s", cells(lambda run: f"{run.steady(run.step_seconds):.3f}")),
             ("  rollout, s", cells(lambda run: f"{run.steady(run.rollout_seconds):.3f}")),
             ("  scoring, s", cells(lambda run: f"{run.steady(run.scoring_seconds):.3f}")),
@@ -201,6 +217,11 @@ def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
                 f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n{last}"
             )
         return BackendRun(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _rewards_text(run: BackendRun) -> str:
+    rewards = [reward for _, reward in run.batch_rewards]
+    return f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
 
 
 def _difference_text(difference: float | None) -> str:

@@ -41,7 +41,7 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
     backend.for_training(policy)
     clock = _step_clock()
     finished = train_with(settings, environment=environment, backend=backend, policy=policy, callbacks=[clock])
-    rows = [row for row in finished.metrics() if "reward" in row]
+    rows = [row for row in finished.metrics() if "loss" in row]  # of a step; without a reward if it rolled nothing out
     first = [row for row in finished.trajectories() if row["phase"] == "train" and row["step"] == 0]
     facts = json.loads((finished.folder / "policy.json").read_text(encoding="utf-8"))
     return BackendRun(
@@ -49,11 +49,11 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
         folder=str(finished.folder),
         lora=facts["lora"],
         changed_arguments={change["name"]: change["value"] for change in facts["training_arguments_changed"]},
-        rewards=[row["reward"] for row in rows],
+        rewards=[row.get("reward") for row in rows],
         step_seconds=clock.seconds,
-        rollout_seconds=[row.get("rollout_time", 0.0) for row in rows],  # absent where a step uses old rollouts again
+        rollout_seconds=[row.get("rollout_time", 0.0) for row in rows],
         scoring_seconds=[row.get("scoring_time", 0.0) for row in rows],
-        tokens=finished.summary["tokens"],
+        tokens=_step_tokens(rows),
         peak_bytes=_peak_bytes(policy.model.device),
         first_loss=rows[0]["loss"],
         first_grad_norm=rows[0]["grad_norm"],
@@ -61,6 +61,16 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
         probe_ids=ids,
         probe_logprobs=logprobs,
     )
+
+
+def _step_tokens(rows: list[dict[str, Any]]) -> list[int]:
+    """TRL logs how many there were since the run began, where a step rolls out."""
+    tokens, before = [], 0
+    for row in rows:
+        total = int(row.get("num_tokens", before))
+        tokens.append(total - before)
+        before = total
+    return tokens
 
 
 def _probe_ids(environment: Environment, policy: LoadedPolicy, max_length: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ def plot(comparison: Comparison, path: Path) -> None:
     FigureCanvasAgg(figure)  # no display is needed
     reward, times = figure.subplots(1, 2)
     for run, style in zip(comparison.runs, itertools.cycle(("-", "--", ":", "-."))):  # equal runs lie on each other
-        reward.plot(range(1, len(run.rewards) + 1), run.rewards, style, marker=".", label=run.backend)
+        reward.plot(*zip(*run.batch_rewards, strict=True), style, marker=".", label=run.backend)
     reward.set(xlabel="step", ylabel="mean reward", title=f"{comparison.env}, {Path(comparison.model).name}")
     reward.locator_params(axis="x", integer=True, min_n_ticks=1)  # no ticks between steps
     reward.legend(frameon=False)
