@@ -20,7 +20,7 @@ from rlvr.cli import main
 from rlvr.cli.compare import print_comparison
 from rlvr.comparison import BackendRun, Comparison, compare
 from rlvr.comparison.plot import plot
-from rlvr.errors import BackendError, ConfigError, RunFolderError, UnknownPluginError
+from rlvr.errors import BackendError, ConfigError, PluginLoadError, RunFolderError, UnknownPluginError
 
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
@@ -191,8 +191,61 @@ def test_what_cannot_run_is_refused_before_anything_does(tmp_path, other_backend
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_that_fails_is_an_error_with_its_last_lines(tmp_path, other_backend):
-    with pytest.raises(BackendError, match=r"(?s)backend 'hf' ended with exit code 2.*no-such-model.*does not exist"):
+def test_a_backend_that_cannot_be_loaded_is_found_before_anything_is_trained(tmp_path, monkeypatch, install_backend):
+    install_backend("other", OTHER_BACKEND.replace('name = "other"', "protocol_version = 99"))
+    monkeypatch.setattr("rlvr.comparison._run", lambda *arguments: pytest.fail("trains"))
+    with pytest.raises(PluginLoadError, match=r"'other' \(other 1.0\) is broken.*written for version 99"):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+    (tmp_path / "site" / "other_plugin.py").write_text(
+        OTHER_BACKEND.replace("    from", "    import os; os._exit(7)\n    from", 1)
+    )
+    with pytest.raises(BackendError, match="backend 'other' cannot be loaded: the process ended with exit code 7"):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_run_that_fails_leaves_what_the_others_measured(tmp_path, monkeypatch, capsys, other_backend, as_json):
+    def run(settings, folder):
+        if settings["backend"] == "hf":
+            raise BackendError("the run with backend 'hf' ended with exit code 1; disk on fire")
+        return OTHER
+
+    monkeypatch.setattr("rlvr.comparison._try_to_load", lambda name: None)
+    monkeypatch.setattr("rlvr.comparison._run", run)
+    line = ["compare", "arithmetic", "--backends", "hf,other", "-m", "m", "--output-dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as stop:
+        main([*line, *(["--json"] if as_json else [])])
+    assert stop.value.code == 1
+    shown = capsys.readouterr()
+    assert shown.err == "rlvr: the run with backend 'hf' ended with exit code 1; disk on fire\n"
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert list(kept["backends"]) == ["other"]
+    assert "disk on fire" in kept["failed"]["hf"]
+    assert (tmp_path / "out" / "comparison.png").exists()
+    if as_json:
+        assert json.loads(shown.out) == kept
+    else:
+        assert "2 of 4" not in shown.out  # it is compared with itself, as the first that finished
+        assert "4 of 4" in shown.out
+
+
+def test_what_was_measured_is_kept_where_a_later_run_is_interrupted(tmp_path, monkeypatch, other_backend):
+    def run(settings, folder):
+        if settings["backend"] == "other":
+            raise KeyboardInterrupt
+        return FIRST
+
+    monkeypatch.setattr("rlvr.comparison._try_to_load", lambda name: None)
+    monkeypatch.setattr("rlvr.comparison._run", run)
+    with pytest.raises(KeyboardInterrupt):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+    assert list(json.loads((tmp_path / "out" / "comparison.json").read_text())["backends"]) == ["one"]
+
+
+def test_runs_that_all_fail_are_an_error_with_their_last_lines(tmp_path, other_backend):
+    says = r"(?s)backend 'hf' ended with exit code 2.*no-such-model.*does not exist.*backend 'other' ended with"
+    with pytest.raises(BackendError, match=says):
         compare("arithmetic", str(tmp_path / "no-such-model"), ["hf", "other"], steps=1, output_dir=tmp_path / "out")
 
 
@@ -240,17 +293,25 @@ def rlvr_backend():
 
 
 @pytest.fixture
-def other_backend(tmp_path, monkeypatch):
-    """An installed backend that doubles alpha by default, as Unsloth's does, and is `hf` otherwise."""
+def install_backend(tmp_path, monkeypatch):
     site = tmp_path / "site"
-    info = site / "other-1.0.dist-info"
-    info.mkdir(parents=True)
-    (site / "other_plugin.py").write_text(OTHER_BACKEND)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[rlvr.backends]\nother = other_plugin\n")
-    monkeypatch.syspath_prepend(site)
-    yield "other"
+
+    def install(name, code):
+        info = site / f"{name}-1.0.dist-info"
+        info.mkdir(parents=True)
+        (site / f"{name}_plugin.py").write_text(code)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[rlvr.backends]\n{name} = {name}_plugin\n")
+        monkeypatch.syspath_prepend(site)
+
+    yield install
     sys.modules.pop("other_plugin", None)
+
+
+@pytest.fixture
+def other_backend(install_backend):
+    """An installed backend that doubles alpha by default, as Unsloth's does, and is `hf` otherwise."""
+    install_backend("other", OTHER_BACKEND)
 
 
 def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(

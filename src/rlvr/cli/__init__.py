@@ -19,7 +19,7 @@ EXIT_REFUSED = 2  # an RlvrError, or options that the command line cannot read
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command and exits: 0 if all went well, 2 if it was refused with a message, 1 if it crashed.
 
-    `rlvr preflight` exits with 1 where it found a problem, too.
+    `rlvr preflight` exits with 1 where it found a problem, too, and `rlvr compare` where a backend's run failed.
     """
     from rlvr.errors import RlvrError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,8 @@ from rlvr.cli.options import (
 
 if TYPE_CHECKING:
     from rlvr.comparison import Comparison
+
+EXIT_FAILED = 1  # the run of a backend failed; where all did, or one cannot be loaded, it is an RlvrError
 
 _OWN = {  # options of a run that a comparison sets for each backend
     *("backend", "model", "max_steps", "num_epochs", "output_dir", "run_name", "resume_from_checkpoint"),
@@ -49,7 +52,10 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="print the numbers as JSON")] = False,
     **options: Any,
 ) -> None:
-    """Train with several backends, each in its own process, and compare rewards, time, memory and the first step."""
+    """Train with several backends, each in its own process, and compare rewards, time, memory and the first step.
+
+    Exit code 1 if the run of one failed; the others are compared all the same.
+    """
     import json
 
     from rlvr.comparison import compare as run_comparison
@@ -73,9 +79,13 @@ def compare(
         plot(comparison, picture)
     if as_json:
         print(json.dumps(comparison.as_json(), indent=2))
-        return
-    print_comparison(comparison)
-    print(f"Everything is in {folder}" + ("" if can_plot() else f"; for a plot: {INSTALL}"))
+    else:
+        print_comparison(comparison)
+        print(f"Everything is in {folder}" + ("" if can_plot() else f"; for a plot: {INSTALL}"))
+    for how in comparison.failed.values():
+        print(f"rlvr: {how}", file=sys.stderr)
+    if comparison.failed:
+        raise typer.Exit(EXIT_FAILED)
 
 
 def print_comparison(comparison: Comparison) -> None:

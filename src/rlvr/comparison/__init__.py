@@ -9,13 +9,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from rlvr.child_process import as_text, environment, task_folder
+from rlvr.child_process import as_text, environment, kept_error, task_folder
 from rlvr.errors import BackendError, ConfigError
 
 RESULT = "result.json"  # what a child writes into the folder of its task
@@ -88,12 +88,13 @@ class BackendRun:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The runs, in the order asked for. The first is what the others are compared with."""
+    """The runs that finished, in the order asked for. The first is what the others are compared with."""
 
     env: str
     model: str
     as_is: bool
     runs: tuple[BackendRun, ...]
+    failed: Mapping[str, str] = field(default_factory=dict)  # backend → how its run ended
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """A table: what was measured → a text for each run."""
@@ -122,7 +123,6 @@ class Comparison:
         ]
 
     def as_json(self) -> dict[str, Any]:
-        first = self.runs[0]
         return {
             "env": self.env,
             "model": self.model,
@@ -132,12 +132,13 @@ class Comparison:
                     **asdict(run),
                     "update_seconds": run.update_seconds,
                     "tokens_per_second": run.tokens_per_second,
-                    "start_differs_by_nats": run.probe_difference(first),
-                    "first_loss_differs_by": run.loss_difference(first),
-                    "same_first_completions": run.same_first_completions(first),
+                    "start_differs_by_nats": run.probe_difference(self.runs[0]),
+                    "first_loss_differs_by": run.loss_difference(self.runs[0]),
+                    "same_first_completions": run.same_first_completions(self.runs[0]),
                 }
                 for run in self.runs
             },
+            "failed": dict(self.failed),
         }
 
 
@@ -152,13 +153,13 @@ def compare(
     on_start: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> Comparison:
-    """Trains with each backend for a few steps.
+    """Trains with each backend for a few steps. One whose run fails is named in `failed`, and the others go on.
 
     Args:
         env: a name from `rlvr environments`.
         backends: names from `rlvr backends`, at least two; the first is what the others are compared with.
         steps: optimizer steps.
-        output_dir: gets a run folder for each backend, and `comparison.json`.
+        output_dir: gets a run folder for each backend, and `comparison.json`, written anew after each run.
         as_is: leave each backend its own defaults of `lora_alpha_multiplier` and `gradient_checkpointing`; otherwise
             they are 1 and True for all.
         on_start: called with each backend's name before its run.
@@ -166,7 +167,8 @@ def compare(
 
     Raises:
         ConfigError: impossible settings, or fewer than two different backends; before anything is trained.
-        BackendError: a backend's run failed; says how it ended.
+        PluginError, BackendError: a backend cannot be loaded; before anything is trained.
+        BackendError: every backend's run failed; says how they ended.
         RunFolderError: the output folder cannot be written to, or holds something.
     """
     from rlvr.plugins.manager import require_backend
@@ -185,15 +187,46 @@ def compare(
         shared.setdefault("lora_alpha_multiplier", 1)
         shared.setdefault("gradient_checkpointing", True)
     resolve_settings(shared)
+    for name in backends:
+        _try_to_load(name)
     folder = RunFolder.reserve(output_dir).path
-    runs = []
+    comparison = Comparison(env=env, model=model, as_is=as_is, runs=())
     for name in backends:
         if on_start is not None:
             on_start(name)
-        runs.append(_run({**shared, "backend": name, "run_name": name, "output_dir": str(folder / name)}, folder))
-    comparison = Comparison(env=env, model=model, as_is=as_is, runs=tuple(runs))
-    (folder / "comparison.json").write_text(json.dumps(comparison.as_json(), indent=2) + "\n", encoding="utf-8")
+        settings = {**shared, "backend": name, "run_name": name, "output_dir": str(folder / name)}
+        try:
+            comparison = replace(comparison, runs=(*comparison.runs, _run(settings, folder)))
+        except BackendError as error:
+            comparison = replace(comparison, failed={**comparison.failed, name: str(error)})
+        (folder / "comparison.json").write_text(json.dumps(comparison.as_json(), indent=2) + "\n", encoding="utf-8")
+    if not comparison.runs:
+        raise BackendError("\n".join(comparison.failed.values()))
     return comparison
+
+
+def _try_to_load(name: str) -> None:
+    """In a process that ends with it: some backends patch theirs.
+
+    Raises:
+        PluginError, BackendError: why it cannot be loaded.
+    """
+    with task_folder(as_text({"only_load": name})) as task:
+        ended = subprocess.run(
+            [sys.executable, "-m", "rlvr.comparison.child", str(task)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+            env=environment(),
+        )
+        if error := kept_error(task):
+            raise error
+    if ended.returncode:
+        raise BackendError(
+            f"backend {name!r} cannot be loaded: the process ended with exit code {ended.returncode}; its last "
+            f"lines:\n{_last_lines(ended.stdout)}"
+        )
 
 
 def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
@@ -212,11 +245,15 @@ def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
             ).returncode
         result = task / RESULT
         if code or not result.exists():
-            last = "\n".join(log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
             raise BackendError(
-                f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n{last}"
+                f"the run with backend {name!r} ended with exit code {code}; the last lines of {log}:\n"
+                f"{_last_lines(log.read_bytes())}"
             )
         return BackendRun(**json.loads(result.read_text(encoding="utf-8")))
+
+
+def _last_lines(output: bytes) -> str:
+    return "\n".join(output.decode("utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
 
 
 def _rewards_text(run: BackendRun) -> str:

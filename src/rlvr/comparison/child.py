@@ -1,4 +1,4 @@
-"""The process that trains with one backend for a comparison: `python -m rlvr.comparison.child FOLDER`.
+"""The process that loads one backend for a comparison, or trains with it: `python -m rlvr.comparison.child FOLDER`.
 
 The backend is loaded before anything else is imported, because some have to come first.
 """
@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr.child_process import read_task
+from rlvr.child_process import keep_error, read_task
 from rlvr.comparison import RESULT, BackendRun
 from rlvr.errors import RlvrError
 
@@ -133,14 +133,22 @@ def _text(messages: list[dict[str, Any]]) -> str:
     return json.dumps(messages, ensure_ascii=False, sort_keys=True)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> int:
+    from rlvr.plugins.manager import load_backend
+
+    task = read_task(folder)
     try:
-        found = run(read_task(folder)["settings"])
+        if "only_load" in task:
+            load_backend(task["only_load"])
+        else:
+            found = run(task["settings"])
+            (folder / RESULT).write_text(json.dumps(asdict(found)), encoding="utf-8")
     except RlvrError as error:
+        keep_error(folder, error)
         print(f"rlvr: {error}", file=sys.stderr)
-        sys.exit(2)
-    (folder / RESULT).write_text(json.dumps(asdict(found)), encoding="utf-8")
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(main(Path(sys.argv[1])))
