@@ -93,6 +93,68 @@ def test_listings(command):
     assert "how many numbers a puzzle has" in command("train", "countdown", "--help").out
 
 
+NOISY = """
+print("noise at import")
+from rlvr import Environment, Rubric, hookimpl
+
+def reward(trajectory):
+    print("noise at a reward")
+    return 1.0
+
+@hookimpl
+def rlvr_environment(levels: int = 3):
+    print("noise as it is made")
+    return Environment(name="noisy", train_dataset=[{"question": "hello"}], rubric=Rubric(reward))
+
+@hookimpl
+def rlvr_backend():
+    raise AssertionError("it is not asked for")
+"""
+
+
+@pytest.fixture
+def noisy(tmp_path, monkeypatch):
+    """Installed plugins, a backend and an environment, that print wherever their code runs."""
+    info = tmp_path / "site" / "noisy-1.0.dist-info"
+    info.mkdir(parents=True)
+    for kind in ("backend", "environment"):
+        other = {"backend": "rlvr_environment", "environment": "rlvr_backend"}[kind]
+        (tmp_path / "site" / f"noisy_{kind}.py").write_text(NOISY.replace(f"@hookimpl\ndef {other}", f"def {other}"))
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: noisy\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[rlvr.backends]\nnoisy = noisy_backend\n[rlvr.environments]\nnoisy = noisy_environment\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    yield
+    for kind in ("backend", "environment"):
+        sys.modules.pop(f"noisy_{kind}", None)
+
+
+@pytest.mark.usefixtures("noisy")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "backends --json",
+        "backends check hf --only lazy-plugin --json",
+        "environments --json",
+        "environments noisy --json",
+        "evaluate noisy -m {model} --max-tokens 4 --max-prompt-length 64 --json",
+    ],
+)
+def test_json_is_alone_on_standard_output_whatever_plugins_print(command, model_folder, line):
+    outcome = command(*line.format(model=model_folder).split())
+    assert outcome.code == 0, outcome.err
+    json.loads(outcome.out)
+    assert "noise at import" in outcome.err
+
+
+@pytest.mark.usefixtures("noisy")
+def test_the_yaml_of_a_dry_run_is_alone_too(command):
+    outcome = command("train", "noisy", "-m", "m", "--dry-run")
+    assert yaml.safe_load(outcome.out)["env"] == "noisy"
+    assert "noise at import" in outcome.err
+
+
 def test_every_option_of_an_environment_is_described(command):
     for row in rlvr.list_environments():
         for option in json.loads(command("environments", row.name, "--json").out):

@@ -21,13 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     `rlvr preflight` exits with 1 where it found a problem, too, and `rlvr compare` where a backend's run failed.
     """
+    from rlvr.cli.output import for_programs
     from rlvr.errors import RlvrError
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     try:
         words = [argument for argument in arguments if argument != "--debug"]
-        build_app(asked_for=words[0] if words else None)(words, prog_name="rlvr")
+        with for_programs(words):
+            build_app(asked_for=words[0] if words else None)(words, prog_name="rlvr")
     except RlvrError as error:
         if debug:
             traceback.print_exception(error)

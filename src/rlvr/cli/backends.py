@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlvr.cli.output import write_result
+
 if TYPE_CHECKING:
     from rlvr.testing.conformance import CheckResult, Report
 
@@ -67,7 +69,7 @@ def check(
         on_result=None if as_json else print_result,
     )
     if as_json:
-        print(json.dumps(report.as_json(), indent=2))
+        write_result(json.dumps(report.as_json(), indent=2))
     else:
         print_verdict(report, time.monotonic() - began)
     if not report.ok:

@@ -16,6 +16,7 @@ from rlvr.cli.options import (
     given,
     settings_fields,
 )
+from rlvr.cli.output import write_result
 
 if TYPE_CHECKING:
     from rlvr.comparison import Comparison
@@ -78,7 +79,7 @@ def compare(
     if can_plot():
         plot(comparison, picture)
     if as_json:
-        print(json.dumps(comparison.as_json(), indent=2))
+        write_result(json.dumps(comparison.as_json(), indent=2))
     else:
         print_comparison(comparison)
         print(f"Everything is in {folder}" + ("" if can_plot() else f"; for a plot: {INSTALL}"))

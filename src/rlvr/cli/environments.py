@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
 
+from rlvr.cli.output import write_result
+
 
 def register(app: typer.Typer) -> None:
     app.command("environments")(environments)
@@ -29,7 +31,7 @@ def environments(
     if as_json:
         import json
 
-        print(json.dumps(rows, indent=2, default=str))
+        write_result(json.dumps(rows, indent=2, default=str))
     else:
         formatter = ctx.make_formatter()
         write_options(formatter, name, rows)

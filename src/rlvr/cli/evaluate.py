@@ -18,6 +18,7 @@ from rlvr.cli.options import (
     given,
     set_up_output,
 )
+from rlvr.cli.output import write_result
 from rlvr.config import EVALUATION_SETTINGS
 from rlvr.wording import counted
 
@@ -106,7 +107,7 @@ def evaluate(
             **chosen,
         )
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        write_result(json.dumps(found.as_json(), indent=2))
     else:
         print_evaluation(found)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlvr.cli.output import write_result
+
 if TYPE_CHECKING:
     from rlvr.exporting.export import Export
 
@@ -49,7 +51,7 @@ def export(
         private=private,
     )
     if as_json:
-        print(json.dumps(made.as_json(), indent=2))
+        write_result(json.dumps(made.as_json(), indent=2))
     else:
         print_export(made)
 

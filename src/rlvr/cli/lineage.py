@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rlvr.cli.output import write_result
+
 if TYPE_CHECKING:
     from rlvr.tracking.lineage import Lineage, Link
 
@@ -34,7 +36,7 @@ def lineage(
 
     found = read_lineage(run)
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        write_result(json.dumps(found.as_json(), indent=2))
     else:
         print_lineage(found)
     if not found.ok:

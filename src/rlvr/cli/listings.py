@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from rlvr.cli.output import write_result
+
 if TYPE_CHECKING:
     from rlvr.plugins.manager import PluginStatus
 
@@ -14,7 +16,7 @@ def print_listing(rows: Sequence[PluginStatus], *, as_json: bool) -> None:
     if as_json:
         import json
 
-        print(json.dumps([asdict(row) for row in rows], indent=2))
+        write_result(json.dumps([asdict(row) for row in rows], indent=2))
         return
     from rich.console import Console
     from rich.table import Table

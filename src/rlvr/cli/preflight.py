@@ -15,6 +15,7 @@ from rlvr.cli.options import (
     given,
     set_up_output,
 )
+from rlvr.cli.output import write_result
 from rlvr.config import PREFLIGHT_SETTINGS
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def preflight(
             **chosen,
         )
     if as_json:
-        print(json.dumps(found.as_json(), indent=2))
+        write_result(json.dumps(found.as_json(), indent=2))
     else:
         print_findings(found)
     if found.problems:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from rlvr.cli.options import add_environment_command, environment_arguments, given, set_up_output
+from rlvr.cli.output import write_result
 from rlvr.config import TrainSettings, processes, read_config
 from rlvr.trainers.run import resolve_settings, train_with
 from rlvr.wording import counted
@@ -83,7 +84,7 @@ def print_config(values: dict[str, Any]) -> None:
 
     from rlvr.secrets import without_secrets
 
-    print(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True), end="")
+    write_result(yaml.safe_dump(without_secrets(values), sort_keys=False, allow_unicode=True).rstrip("\n"))
 
 
 def print_run(run: Any) -> None:
