@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -101,8 +103,17 @@ def test_unknown_checks_and_backends_are_refused():
         check_backend("hf", only=["dtypes"])
     with pytest.raises(UnknownPluginError, match="unknown backend 'hff'"):
         check_backend("hff")
-    with pytest.raises(ConfigError, match="jobs is 0"):
-        check_backend("hf", jobs=0)
+
+
+@pytest.mark.parametrize("timeout", ["-1", "0", "nan"])
+def test_options_that_cannot_be_are_refused_and_not_blamed_on_the_backend(capsys, timeout):
+    with pytest.raises(SystemExit) as stop:
+        main(["backends", "check", "hf", "--device", "tpu", "--timeout", timeout, "--jobs", "0"])
+    assert stop.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    for words in ("device is 'tpu'; allowed: cpu, cuda", f"timeout_s is {timeout}; it must be", "jobs is 0"):
+        assert words in shown.err
 
 
 def meet(barrier, names):
@@ -114,7 +125,7 @@ def meet(barrier, names):
 
 def test_sources_are_read_at_the_same_time():
     barrier = threading.Barrier(2)
-    found = list(at_the_same_time([meet(barrier, "ab"), meet(barrier, "cd")], 2))
+    found = list(at_the_same_time([meet(barrier, "ab"), meet(barrier, "cd")], 2, threading.Event()))
     assert sorted(found) == ["a", "b", "c", "d"]
     assert [name for name in found if name in "ab"] == ["a", "b"]
 
@@ -127,7 +138,7 @@ def test_one_at_a_time_is_one_after_the_other():
         yield name
         running.remove(name)
 
-    for _ in at_the_same_time(map(source, "abc"), 1):
+    for _ in at_the_same_time(map(source, "abc"), 1, threading.Event()):
         assert len(running) == 1
 
 
@@ -150,11 +161,11 @@ def test_where_one_source_fails_or_nobody_listens_all_are_ended():
 
     all_run = threading.Barrier(3)
     with pytest.raises(OSError, match="no space left"):
-        list(at_the_same_time([endless("a", all_run), broken(all_run), endless("b", all_run)], 3))
+        list(at_the_same_time([endless("a", all_run), broken(all_run), endless("b", all_run)], 3, threading.Event()))
     assert sorted(ended) == ["a", "b"]
     ended.clear()
     both_run = threading.Barrier(2)
-    found = at_the_same_time([endless("a", both_run), endless("b", both_run)], 2)
+    found = at_the_same_time([endless("a", both_run), endless("b", both_run)], 2, threading.Event())
     next(found)
     found.close()
     assert sorted(ended) == ["a", "b"]
@@ -241,6 +252,37 @@ def test_a_process_that_dies_is_a_failed_check_with_its_last_lines_and_the_rest_
         assert not result.passed
         assert "exit code 7" in result.message
         assert "kernel panic" in result.message
+
+
+INTERRUPTED = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+from rlvr.cli import main
+main(["backends", "check", "stranger", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "only", "jobs"),
+    [("capabilities", "settings,training", 2), ("capabilities", "settings", 1), ("load", "loads-first,settings", 2)],
+    ids=["two processes", "one process", "a process of a check"],
+)
+def test_an_interrupt_ends_every_process_at_once(plugin, tmp_path, where, only, jobs):
+    hang = f"import os, time; open({str(tmp_path)!r} + f'/hangs-{{os.getpid()}}', 'w').close(); time.sleep(100)"
+    plugin(**{where: hang})
+    program = [sys.executable, "-c", INTERRUPTED, "--only", only, "--jobs", str(jobs)]
+    path = os.pathsep.join(filter(None, sys.path))
+    with subprocess.Popen(program, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.DEVNULL) as process:
+        while len(hanging := list(tmp_path.glob("hangs-*"))) < jobs:
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=20)  # it sleeps for 100
+    states = [
+        subprocess.run(["ps", "-o", "stat=", "-p", path.name.removeprefix("hangs-")], capture_output=True, text=True)
+        for path in hanging
+    ]
+    assert all(state.stdout.strip() in ("", "Z") for state in states)  # gone, or dead and not yet waited for
 
 
 def test_the_command_says_what_failed_and_exits_with_1(plugin, capsys):

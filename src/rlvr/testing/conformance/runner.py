@@ -10,6 +10,8 @@ import functools
 import json
 import os
 import queue
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,12 +20,12 @@ import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rlvr.errors import ConfigError
 from rlvr.testing.conformance.catalogue import PROCESSES, Check, select
@@ -57,21 +59,22 @@ def check_backend(
         backend: a name from `rlvr backends`, whose checks run in fresh processes; or a backend object, whose checks
             run in this process, those left out that need one of their own.
         model: model id or folder to check with; None for a tiny one that is made on the spot.
-        device: "cpu" or "cuda"; None for what the backend takes by itself.
+        device: "cpu", "cuda", "xpu" or "mps", or "cuda:1" and the like; None for what the backend takes by itself.
         only: names of checks or of groups; None for all.
-        timeout_s: for the checks that share a process.
+        timeout_s: seconds for the checks that share a process.
         jobs: how many processes run checks at the same time, four at most; each has a copy of the tiny model, and of
             the libraries in memory. A backend object's checks run one after the other.
         on_result: called with each result as it comes.
 
     Raises:
-        ConfigError: `only` names what is no check, or `jobs` is below 1.
+        ConfigError: `only` names what is no check, or `device`, `timeout_s` or `jobs` is none; all problems at once.
         UnknownPluginError, DuplicatePluginError, PluginLoadError, BackendUnavailableError: as for `load_backend`.
     """
     from rlvr.plugins.manager import require_backend
 
-    if jobs < 1:
-        raise ConfigError(f"jobs is {jobs}; at least 1 process has to run the checks.")
+    problems = _option_problems(device, timeout_s, jobs)
+    if problems:
+        raise ConfigError(problems)
     by_name = isinstance(backend, str)
     checks = select(only, in_process=not by_name)
     if isinstance(backend, str):
@@ -80,7 +83,7 @@ def check_backend(
     results: list[CheckResult] = []
     with tempfile.TemporaryDirectory(prefix="rlvr-check-") as scratch:
         job = _Job(backend, _absolute(model), device, Path(scratch).resolve(), timeout_s)
-        with closing(at_the_same_time(map(job.run, shares), jobs if by_name else 1)) as found:
+        with closing(at_the_same_time(map(job.run, shares), jobs if by_name else 1, job.stopped)) as found:
             for result in found:
                 results.append(result)
                 if on_result is not None:
@@ -137,14 +140,13 @@ def backend_checks(
     return [BackendCheck(check, run) for check in chosen]
 
 
-def at_the_same_time(sources: Iterable[Results], jobs: int) -> Results:
-    """What the sources give, as it comes, from so many of them at a time. Closed early, or when one raises, it waits
-    for one more result of each and ends them."""
+def at_the_same_time(sources: Iterable[Results], jobs: int, stopped: threading.Event) -> Results:
+    """What the sources give, as it comes, from so many of them at a time. Closed early, or when one raises, it sets
+    `stopped`, on which they are to end: one that does not look at it is ended at its next result."""
     if jobs == 1:
         yield from chain.from_iterable(sources)
         return
     arrived: queue.Queue[CheckResult | Exception | None] = queue.Queue()  # None: a source has ended
-    stopped = threading.Event()
 
     def read(source: Results) -> None:
         try:
@@ -182,20 +184,16 @@ class _Job:
     device: str | None
     scratch: Path
     timeout_s: float
+    stopped: threading.Event = field(default_factory=threading.Event)  # nobody waits for results any more
 
     def run(self, checks: list[Check]) -> Results:
         if not checks:
             return
-        group = checks[0].group
-        if not isinstance(self.backend, str):
+        if isinstance(self.backend, str):
+            yield from self._in_children(checks)
+        else:
             context = Context(None, self.backend, self.model, self.device, self.scratch)
             yield from (run_check(check, context) for check in checks)
-        elif group == "plugin":
-            light: Any = None  # these checks load the backend in processes that they start
-            context = Context(self.backend, light, None, self.device, self.scratch)
-            yield from (run_check(check, context) for check in checks)
-        else:
-            yield from self._in_children(checks)
 
     def _in_children(self, checks: list[Check]) -> Results:
         while checks:
@@ -205,6 +203,8 @@ class _Job:
                 for result in child.results():
                     done += 1
                     yield result
+            if self.stopped.is_set():
+                return
             checks = checks[done:]
             if checks:
                 yield make_result(checks[0], time.monotonic() - began, failure=child.last_words())
@@ -229,12 +229,12 @@ class _Job:
                 stderr=subprocess.STDOUT,
                 cwd=folder,
                 env=self._environment(group, folder),
+                start_new_session=True,
             )
         try:
-            yield _Child(process, folder, self.timeout_s)
+            yield _Child(process, folder, self.timeout_s, self.stopped)
         finally:
-            process.kill()
-            process.wait()
+            _end(process)
 
     def _environment(self, group: str, folder: Path) -> dict[str, str]:
         environment = {
@@ -258,14 +258,15 @@ class _Child:
     process: subprocess.Popen[bytes]
     folder: Path
     timeout_s: float
+    stopped: threading.Event
     _timed_out: bool = False
 
     def results(self) -> Iterator[CheckResult]:
-        """What it found, as it finds it, until it ends or its time is up."""
+        """What it found, as it finds it, until it ends, its time is up or nobody waits any more."""
         deadline = time.monotonic() + self.timeout_s
         told = 0
         running = True
-        while running:
+        while running and not self.stopped.is_set():
             running = self._is_running(until=deadline)
             found = read_results(self.folder)
             yield from found[told:]
@@ -287,6 +288,15 @@ class _Child:
             self._timed_out = time.monotonic() > until
             return not self._timed_out
         return False
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """With the processes that it has started, where the system knows groups of them."""
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.wait()
 
 
 def run_check(check: Check, context: Context) -> CheckResult:
@@ -342,6 +352,17 @@ def read_results(folder: Path) -> list[CheckResult]:
         return [
             CheckResult(**json.loads(line)) for line in file if line.endswith("\n")
         ]  # the last may be half written
+
+
+def _option_problems(device: str | None, timeout_s: float, jobs: int) -> list[str]:
+    problems = []
+    if device is not None and not re.fullmatch(r"cpu|(cuda|xpu|mps)(:\d+)?", device):
+        problems.append(f"device is {device!r}; allowed: cpu, cuda, xpu, mps, or with a number behind it: cuda:1.")
+    if not timeout_s > 0:
+        problems.append(f"timeout_s is {timeout_s:g}; it must be a number of seconds above 0.")
+    if jobs < 1:
+        problems.append(f"jobs is {jobs}; at least 1 process has to run the checks.")
+    return problems
 
 
 def _absolute(model: str | None) -> str | None:
