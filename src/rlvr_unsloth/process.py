@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Iterable
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from rlvr.backends.process_state import imported
 from rlvr.errors import BackendUnavailableError, PatchedProcessError
 
 logger = logging.getLogger(__name__)
@@ -27,14 +28,15 @@ def import_unsloth() -> Any:
     """Imports Unsloth, or returns it if this process has it.
 
     Raises:
-        PatchedProcessError: RLVR_STRICT_IMPORTS=1, on a GPU, and what Unsloth patches was imported already.
+        PatchedProcessError: RLVR_STRICT_IMPORTS=1, on a GPU, and what Unsloth patches was imported before it, whoever
+            imported Unsloth.
         BackendUnavailableError: Unsloth raised while it was imported.
     """
+    early = imported_before_unsloth(sys.modules)
+    if early and _has_gpu():
+        _tell_late_import(early)
     if "unsloth" not in sys.modules:
         set_environment()
-        late = imported(PATCHED_BY_UNSLOTH)
-        if late and _has_gpu():
-            _tell_late_import(late)
     elif COMPILED_VARIABLE not in os.environ and _has_gpu():
         logger.warning(
             "Unsloth was imported before rlvr could choose a folder for its compiled code, which goes to the working "
@@ -51,6 +53,17 @@ def import_unsloth() -> Any:
     if unsloth.DEVICE_TYPE == "mlx":
         raise BackendUnavailableError("Unsloth has no GRPO on Apple's MLX. Use the backend 'hf' on this machine.")
     return unsloth
+
+
+def imported_before_unsloth(modules: Iterable[str]) -> list[str]:
+    """Those of what Unsloth patches that came before it, or have come where it has not.
+
+    Args:
+        modules: `sys.modules`, in the order in which imports ended. Unsloth's own ends after those that it makes, and
+            its first submodule before them: that is its place.
+    """
+    earlier = set(takewhile(lambda name: not name.startswith("unsloth."), list(modules)))
+    return [name for name in PATCHED_BY_UNSLOTH if name in earlier]
 
 
 def set_environment() -> None:
@@ -80,9 +93,9 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "rlvr"
 
 
-def _tell_late_import(late: list[str]) -> None:
+def _tell_late_import(early: list[str]) -> None:
     message = (
-        f"{', '.join(late)} were imported before Unsloth, which then cannot patch all of them: training is "
+        f"{', '.join(early)} were imported before Unsloth, which then cannot patch all of them: training is "
         "slower and needs more memory. Restart the process (in a notebook, the kernel) and begin with "
         'rlvr.load_backend("unsloth"), in the first cell, above every import of trl, transformers and peft.'
     )

@@ -385,6 +385,7 @@ def test_beside_vllm_the_trainer_must_use_it_and_some_adapters_are_refused(backe
 )
 def test_an_import_before_rlvrs_is_told_where_compiled_code_goes(monkeypatch, caplog, location, has_gpu, told):
     monkeypatch.setattr(process, "_has_gpu", lambda: has_gpu)
+    monkeypatch.setattr(process, "imported_before_unsloth", lambda modules: [])
     monkeypatch.setenv("UNSLOTH_COMPILE_LOCATION", "own")
     if location is None:
         monkeypatch.delenv("UNSLOTH_COMPILE_LOCATION")
@@ -397,8 +398,8 @@ def test_an_import_before_rlvrs_is_told_where_compiled_code_goes(monkeypatch, ca
 
 @pytest.fixture
 def late(monkeypatch):
-    monkeypatch.delitem(sys.modules, "unsloth")
     monkeypatch.setattr(process, "_has_gpu", lambda: True)
+    monkeypatch.setattr(process, "imported_before_unsloth", lambda modules: ["trl", "transformers", "peft"])
     monkeypatch.setattr(process, "import_module", lambda name: backend_module.unsloth)
 
 
@@ -406,8 +407,6 @@ def late(monkeypatch):
 def test_a_late_import_is_told_once_with_the_fix(monkeypatch, caplog):
     monkeypatch.delenv("RLVR_STRICT_IMPORTS", raising=False)
     with caplog.at_level(logging.WARNING, logger="rlvr_unsloth"):
-        process.import_unsloth()
-        monkeypatch.setitem(sys.modules, "unsloth", backend_module.unsloth)
         process.import_unsloth()
     (message,) = caplog.messages
     assert "trl, transformers, peft were imported before Unsloth" in message
@@ -422,3 +421,23 @@ def test_a_late_import_is_an_error_where_asked(monkeypatch):
     monkeypatch.setenv("RLVR_STRICT_IMPORTS", "1")
     with pytest.raises(PatchedProcessError, match=r"imported before Unsloth.*RLVR_STRICT_IMPORTS is set"):
         process.import_unsloth()
+
+
+@pytest.mark.parametrize(
+    ("imports", "refused"),
+    [
+        ("import transformers, trl, peft, unsloth", "trl, transformers, peft were"),
+        ("import peft; import unsloth", "transformers, peft were"),
+        ("import transformers, trl, peft", "trl, transformers, peft were"),
+        ("import unsloth, transformers, trl, peft", None),
+        ("import torch, datasets, unsloth", None),
+    ],
+)
+def test_what_came_before_unsloth_is_known_whoever_imported_it(imports, refused, tmp_path):
+    code = (
+        f"{imports}\nimport rlvr, rlvr_unsloth.process as process\nprocess._has_gpu = lambda: True\n"
+        "try: process.import_unsloth()\nexcept rlvr.RlvrError as error: print('REFUSED', error)\nelse: print('TAKEN')"
+    )
+    result = run(code, RLVR_STRICT_IMPORTS="1", UNSLOTH_COMPILE_LOCATION=str(tmp_path))
+    last = result.stdout.splitlines()[-1]
+    assert last.startswith("TAKEN" if refused is None else f"REFUSED {refused} imported before Unsloth"), result.stderr

@@ -49,3 +49,17 @@ def test_what_the_user_has_set_stays(monkeypatch, tmp_path):
     assert process.os.environ["UNSLOTH_AUTO_INSTALL"] == "1"
     assert process.os.environ["UNSLOTH_DISABLE_STATISTICS"] == "1"
     assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize(
+    ("modules", "early"),
+    [
+        (["os", "unsloth.import_fixes", "transformers", "trl", "peft", "unsloth"], []),
+        (["os", "transformers", "unsloth.import_fixes", "trl", "peft", "unsloth"], ["transformers"]),
+        (["rlvr_unsloth.plugin", "peft", "transformers"], ["transformers", "peft"]),
+        (["os"], []),
+    ],
+    ids=["first", "late", "not there", "nothing"],
+)
+def test_what_came_before_unsloth_is_told_from_the_order_of_imports(modules, early):
+    assert process.imported_before_unsloth(modules) == early

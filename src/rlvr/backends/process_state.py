@@ -1,4 +1,4 @@
-"""What has happened to this process: which modules it imported, and whether TRL's trainer was replaced.
+"""What has happened to this process: whether TRL's trainer was replaced.
 
 Standard library only, and nothing is imported to find out.
 """
@@ -6,16 +6,10 @@ Standard library only, and nothing is imported to find out.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
 
 from rlvr.errors import PatchedProcessError
 
 _TRAINER_MODULE = "trl.trainer.grpo_trainer"
-
-
-def imported(modules: Iterable[str]) -> list[str]:
-    """Those of the modules that this process has imported already."""
-    return [name for name in modules if name in sys.modules]
 
 
 def replaced_trainer() -> str | None:
