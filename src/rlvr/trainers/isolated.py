@@ -38,8 +38,8 @@ def train_isolated(settings: TrainSettings, **given: Any) -> Run:
         problems.append("isolate=True is for one training process; leave it out under torchrun and accelerate.")
     try:
         text = as_text({"settings": settings.as_dict(), "log_level": _log_level()})
-    except ConfigError as error:
-        problems += error.problems
+    except ConfigError as refused:
+        problems += refused.problems
     if problems:
         raise ConfigError(problems)
     with task_folder(text) as folder:
