@@ -91,21 +91,6 @@ class ClaimsDora(HFBackend):
         return replace(super().apply_lora(policy, replace(lora, dora=False)), lora=lora)
 
 
-class Claims4BitExport(HFBackend):
-    def capabilities(self):
-        return replace(super().capabilities(), export_formats=("adapter", "merged-16bit", "merged-4bit"))
-
-    def save(self, policy, folder, export_format="adapter"):
-        if export_format == "merged-4bit":
-            raise NotImplementedError("soon")
-        super().save(policy, folder, export_format)
-
-
-class ExportsWhatItDoesNotClaim(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        super().save(policy, folder, "adapter")
-
-
 class WrapsTwice(HFBackend):
     def apply_lora(self, policy, lora):
         policy = super().apply_lora(policy, lora)
@@ -254,36 +239,6 @@ class ForgetsTheOptimizer(HFBackend):
         return (*super().training_arguments(policy), ArgumentChange("save_only_model", True, "it saves space"))
 
 
-class SavesAFreshAdapter(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        fresh = super().load_policy(policy.settings)
-        super().save(self.apply_lora(fresh, policy.lora), folder, export_format)
-
-
-class ExportsTheBase(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        if export_format == "adapter":
-            super().save(policy, folder)
-        else:
-            super().save(super().load_policy(policy.settings), folder, export_format)
-
-
-class MergesInPlace(HFBackend):
-    """The export is right, and the policy is no longer what it was."""
-
-    def save(self, policy, folder, export_format="adapter"):
-        super().save(policy, folder, export_format)
-        if export_format == "merged-16bit":
-            with torch.no_grad():
-                for parameter in policy.model.parameters():
-                    parameter.copy_(parameter.bfloat16())
-
-
-class LoadsFrozen(HFBackend):
-    def load_saved(self, folder, settings, *, trainable=False):
-        return super().load_saved(folder, settings)
-
-
 class IgnoresRevision(HFBackend):
     def load_policy(self, settings):
         return super().load_policy(replace(settings, revision=None))
@@ -296,7 +251,7 @@ class FreezesInFullFinetuning(HFBackend):
         return policy
 
 
-FAULTS = {
+BACKEND_FAULTS = {
     ClaimsUnknownWords: "capabilities",
     LoadsTheFirstModelAgain: "setting-model",
     IgnoresDtype: "setting-dtype",
@@ -331,12 +286,6 @@ FAULTS = {
     SamplesFromStaleWeights: "sampler-is-policy",
     MovesTheReference: "reference-is-start",
     ForgetsTheOptimizer: "resumes",
-    SavesAFreshAdapter: "export-adapter",
-    LoadsFrozen: "export-adapter",
-    ExportsTheBase: "export-merged-16bit",
-    MergesInPlace: "export-merged-16bit",
-    Claims4BitExport: "export-merged-4bit",
-    ExportsWhatItDoesNotClaim: "export-gguf",
 }
 """Fault → the check that has to find it."""
 

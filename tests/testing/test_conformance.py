@@ -14,7 +14,8 @@ import time
 from textwrap import indent
 
 import pytest
-from faulty_backends import FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
+from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
+from faulty_saving import SAVING_FAULTS
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ExportFormat, LoraSettings, ModelSettings
@@ -25,6 +26,7 @@ from rlvr.testing.conformance.catalogue import PROCESSES, select
 from rlvr.testing.conformance.context import Context
 from rlvr.testing.conformance.runner import at_the_same_time, run_check
 
+FAULTS = BACKEND_FAULTS | SAVING_FAULTS
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -105,14 +105,16 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
 
 
-def shake(model: torch.nn.Module, scale: float = 0.05, seed: int = 1) -> None:
-    """Moves every trainable parameter by noise, so that an adapter stops being neutral."""
+def shake(
+    model: torch.nn.Module, scale: float = 0.05, seed: int = 1, where: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Moves every trainable parameter, or those of such names, by noise: so that an adapter stops being neutral."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and where(name):
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((scale * noise).to(parameter.device, parameter.dtype))
 

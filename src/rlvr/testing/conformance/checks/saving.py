@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from rlvr.backends.protocol import LoadedPolicy
+from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
+from rlvr.errors import RlvrError
 from rlvr.exporting.parity import Expected, compare, logprobs, tolerance
 from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
 
@@ -15,38 +17,92 @@ _TRAINED = 4
 """Times the tolerance: by so much the trained policy differs from its base, for an untrained export to show."""
 
 
+@dataclass(frozen=True)
+class Form:
+    """A kind of LoRA. `part` is in the names of the parameters that a plain adapter does not have."""
+
+    name: str
+    lora: LoraSettings
+    part: str
+
+
+PLAIN = Form("LoRA", LoraSettings(r=4, alpha=8), "lora_")
+
+
+def other_forms(claims: Capabilities) -> list[Form]:
+    """Those that are claimed. With a rank of 16 rsLoRA scales by four times what LoRA does."""
+    forms = []
+    if claims.rslora:
+        forms.append(Form("rsLoRA", LoraSettings(r=16, alpha=8, rslora=True), "lora_"))
+    if claims.dora:
+        forms.append(Form("DoRA", LoraSettings(r=4, alpha=8, dora=True), "magnitude"))
+    if claims.lora_biases - {"none"}:
+        bias: Any = "all" if "all" in claims.lora_biases else "lora_only"
+        forms.append(Form(f"bias={bias!r}", LoraSettings(r=4, alpha=8, bias=bias), ".bias"))
+    return forms
+
+
 def export(context: Context, export_format: Any) -> str:
-    policy = context.adapted()
-    folder = context.folder() / "export"
+    """With plain LoRA; as adapter and as merged model, with every other form of it that is claimed."""
     if export_format not in context.capabilities.export_formats:
-        with refusal(f"exporting {export_format!r}, which is not claimed,"):
-            context.backend.save(policy, folder, export_format)
-        left = _files(folder)
-        expect(not left, f"the refused export left files that look like a model: {', '.join(left)}")
-        return "refused"
+        return _refused(context, export_format)
+    said = [_round_trip(context, export_format, PLAIN)]
+    if export_format in ("adapter", "merged-16bit"):
+        said += [_round_trip(context, export_format, form) for form in other_forms(context.capabilities)]
+    return "; ".join(said)
+
+
+def _refused(context: Context, export_format: Any) -> str:
+    policy, folder = context.adapted(), context.folder() / "export"
+    with refusal(f"exporting {export_format!r}, which is not claimed,"):
+        context.backend.save(policy, folder, export_format)
+    left = _files(folder)
+    expect(not left, f"the refused export left files that look like a model: {', '.join(left)}")
+    return "refused"
+
+
+def _round_trip(context: Context, export_format: Any, form: Form) -> str:
+    """Saves and loads a policy of which `form.part` is trained, and compares it with the same one before that."""
+    policy, folder = context.policy(form.lora), context.folder() / "export"
     allowed, texts = tolerance(export_format, policy), tokens(policy).tolist()
-    base = logprobs(_inferring(context, context.policy()), texts)
+    shake(policy.model, where=lambda name: form.part not in name)
+    base = logprobs(_inferring(context, policy), texts)
+    if not _train(context, policy, form, texts, base=base, enough=_TRAINED * allowed.error):
+        return f"{form.name}: the model has none"
     model = _inferring(context, policy)
-    for seed in range(2, 8):
-        if (logprobs(model, texts) - base).abs().mean() > _TRAINED * allowed.error:
-            break
-        shake(model, scale=0.1, seed=seed)
     expected = Expected.of(model, texts)
     try:
         context.backend.save(policy, folder, export_format)
     except Exception as error:
-        raise CheckFailed(f"it is claimed, and save raised {type(error).__name__}: {first_line(error)}") from error
+        if form is not PLAIN and isinstance(error, RlvrError):
+            return f"{form.name} refused"
+        raise CheckFailed(
+            f"{form.name}: it is claimed, and save raised {type(error).__name__}: {first_line(error)}"
+        ) from error
     expect(
         torch.equal(logprobs(_inferring(context, policy), texts), expected.logprobs),
-        "saving has changed the policy that was saved",
+        f"{form.name}: saving has changed the policy that was saved",
     )
     loaded = context.backend.load_saved(folder, policy.settings)
     parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
-    expect(not parity.problems, f"loaded back, it is another policy: {'; '.join(parity.problems)}")
+    expect(not parity.problems, f"{form.name}: loaded back, it is another policy: {'; '.join(parity.problems)}")
+    if form is not PLAIN:
+        return f"{form.name} {parity.error:.1g}"
     return (
         f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
         + _trainability(context, policy, folder, export_format)
     )
+
+
+def _train(
+    context: Context, policy: LoadedPolicy, form: Form, texts: list[list[int]], *, base: torch.Tensor, enough: float
+) -> bool:
+    """Moves what the form trains until log-probabilities differ by `enough`; false where there is nothing to move."""
+    for seed in range(1, 10):
+        shake(policy.model, scale=0.1, seed=seed, where=lambda name: form.part in name)
+        if (logprobs(_inferring(context, policy), texts) - base).abs().mean() > enough:
+            return True
+    return any(form.part in name and weight.requires_grad for name, weight in policy.model.named_parameters())
 
 
 def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:

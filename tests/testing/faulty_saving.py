@@ -1,0 +1,137 @@
+"""Backends that lose something in saving or loading, planted for the conformance kit: `hf` otherwise."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlvr.backends.hf.backend import HFBackend
+
+
+class Claims4BitExport(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), export_formats=("adapter", "merged-16bit", "merged-4bit"))
+
+    def save(self, policy, folder, export_format="adapter"):
+        if export_format == "merged-4bit":
+            raise NotImplementedError("soon")
+        super().save(policy, folder, export_format)
+
+
+class ExportsWhatItDoesNotClaim(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, "adapter")
+
+
+class SavesAFreshAdapter(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        fresh = super().load_policy(policy.settings)
+        super().save(self.apply_lora(fresh, policy.lora), folder, export_format)
+
+
+class ExportsTheBase(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        if export_format == "adapter":
+            super().save(policy, folder)
+        else:
+            super().save(super().load_policy(policy.settings), folder, export_format)
+
+
+class MergesInPlace(HFBackend):
+    """The export is right, and the policy is no longer what it was."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        if export_format == "merged-16bit":
+            with torch.no_grad():
+                for parameter in policy.model.parameters():
+                    parameter.copy_(parameter.bfloat16())
+
+
+class LoadsFrozen(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        return super().load_saved(folder, settings)
+
+
+def drop_from_adapter(folder, word):
+    """Takes the tensors with this word in their names out of a saved adapter, if `folder` holds one."""
+    path = Path(folder) / "adapter_model.safetensors"
+    if path.exists():
+        save_file({k: v for k, v in load_file(path).items() if word not in k}, path, metadata={"format": "pt"})
+
+
+class SavesNoDoraMagnitude(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        drop_from_adapter(folder, "magnitude")
+
+
+class SavesNoBias(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        drop_from_adapter(folder, "bias")
+
+
+def forget_rslora(policy):
+    for module in policy.model.modules():
+        if hasattr(module, "lora_A") and hasattr(module, "scaling"):
+            module.scaling["default"] = policy.lora.alpha / policy.lora.r
+
+
+class LoadSavedDropsRsLora(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        policy = super().load_saved(folder, settings, trainable=trainable)
+        if policy.lora:
+            forget_rslora(policy)
+        return policy
+
+
+class MergeLosesRsLora(HFBackend):
+    def _merged(self, policy):
+        policy = replace(policy, model=copy.deepcopy(policy.model))
+        forget_rslora(policy)
+        return super()._merged(policy)
+
+
+class MergeLosesBias(HFBackend):
+    """The merged model has the biases of the checkpoint."""
+
+    def _merged(self, policy):
+        merged, base = super()._merged(policy), super().load_policy(policy.settings).model.state_dict()
+        with torch.no_grad():
+            for name, parameter in merged.named_parameters():
+                if name.endswith(".bias"):
+                    parameter.copy_(base[name])
+        return merged
+
+
+class MergeLosesDora(HFBackend):
+    """Merges as if it were plain LoRA."""
+
+    def _merged(self, policy):
+        policy = replace(policy, model=copy.deepcopy(policy.model))
+        for module in policy.model.modules():
+            if hasattr(module, "lora_A"):
+                module.lora_variant.clear()
+        return super()._merged(policy)
+
+
+SAVING_FAULTS = {
+    SavesAFreshAdapter: "export-adapter",
+    LoadsFrozen: "export-adapter",
+    SavesNoDoraMagnitude: "export-adapter",
+    SavesNoBias: "export-adapter",
+    LoadSavedDropsRsLora: "export-adapter",
+    ExportsTheBase: "export-merged-16bit",
+    MergesInPlace: "export-merged-16bit",
+    MergeLosesRsLora: "export-merged-16bit",
+    MergeLosesBias: "export-merged-16bit",
+    MergeLosesDora: "export-merged-16bit",
+    Claims4BitExport: "export-merged-4bit",
+    ExportsWhatItDoesNotClaim: "export-gguf",
+}
+"""Fault → the check that has to find it."""
