@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from rlvr.backends.hf.backend import HFBackend
 
@@ -120,7 +123,59 @@ class MergeLosesDora(HFBackend):
         return super()._merged(policy)
 
 
+OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+class ReplacesTemplate(HFBackend):
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        policy.tokenizer.chat_template = OTHER_TEMPLATE
+        return policy
+
+
+class OtherTokenizer(HFBackend):
+    """The ids of two pairs of letters are swapped."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        with tempfile.TemporaryDirectory() as folder:
+            policy.tokenizer.save_pretrained(folder)
+            path = Path(folder) / "tokenizer.json"
+            content = json.loads(path.read_text())
+            vocabulary = content["model"]["vocab"]
+            vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+            vocabulary["t"], vocabulary["o"] = vocabulary["o"], vocabulary["t"]
+            path.write_text(json.dumps(content))
+            return replace(policy, tokenizer=AutoTokenizer.from_pretrained(folder, padding_side="left"))
+
+
+class SavesNoTokenizer(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+            (Path(folder) / name).unlink()
+
+
+class SavesOtherTemplate(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.chat_template = OTHER_TEMPLATE
+        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
+
+
+class SavesOtherEnd(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        tokenizer = copy.deepcopy(policy.tokenizer)
+        tokenizer.eos_token = tokenizer.pad_token
+        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
+
+
 SAVING_FAULTS = {
+    ReplacesTemplate: "tokenizer",
+    OtherTokenizer: "tokenizer",
+    SavesNoTokenizer: "export-adapter",
+    SavesOtherTemplate: "export-merged-16bit",
+    SavesOtherEnd: "export-adapter",
     SavesAFreshAdapter: "export-adapter",
     LoadsFrozen: "export-adapter",
     SavesNoDoraMagnitude: "export-adapter",

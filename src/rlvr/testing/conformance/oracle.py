@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlvr.testing.conformance.spoken import spoken
 
 
 def main(folder: Path) -> None:
@@ -33,12 +35,15 @@ def main(folder: Path) -> None:
 
 
 def answer(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    if job["what"] == "spoken":
+        said = spoken(AutoTokenizer.from_pretrained(job["model"]))
+        return {name: torch.tensor(ids) for name, ids in said.items()}
     model, ids, scale = adapted(job, tensors), tensors["ids"], job["scale"]
-    if job["what"] == "logits":
-        with torch.no_grad():
-            return {"logits": model(ids).logits}
-    log_probabilities = model(ids).logits[:, :-1].log_softmax(-1)
-    loss = -log_probabilities.gather(-1, ids[:, 1:, None]).mean()
+    with torch.set_grad_enabled(job["what"] == "gradients"):
+        log_probabilities = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    if job["what"] == "logprobs":
+        return {"logprobs": log_probabilities}
+    loss = -log_probabilities.mean()
     loss.backward()
     found = {"loss": loss.detach()}
     for name in job["adapters"]:

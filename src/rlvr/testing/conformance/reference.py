@@ -43,9 +43,9 @@ class Reference:
         adapters = {name: factors(layer) for name, layer in lora_layers(policy.model).items()}
         return cls(policy.settings.model, weights_dtype, adapters, stated_scale(policy.lora) if policy.lora else 0.0)
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T, V), on the CPU."""
-        return self._ask("logits", ids)["logits"]
+    def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of the tokens after the first, in nats: (B, T-1), on the CPU."""
+        return self._ask("logprobs", ids)["logprobs"]
 
     def loss_and_gradients(self, ids: torch.Tensor) -> tuple[float, Pairs]:
         """Mean negative log-probability of the tokens after the first, in nats, and its gradients by A and by B."""
@@ -59,6 +59,11 @@ class Reference:
         dtype = str(self.weights_dtype).removeprefix("torch.")
         job = {"what": what, "model": self.model, "weights_dtype": dtype, "scale": self.scale}
         return _oracle().ask({**job, "adapters": list(self.adapters)}, tensors)
+
+
+def own_tokenizer(model: str) -> dict[str, list[int]]:
+    """What the tokenizer that comes with the model makes of `spoken`'s texts."""
+    return {name: ids.tolist() for name, ids in _oracle().ask({"what": "spoken", "model": model}, {}).items()}
 
 
 def stated_scale(lora: LoraSettings) -> float:

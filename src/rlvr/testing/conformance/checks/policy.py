@@ -1,4 +1,4 @@
-"""The numbers: log-probabilities, gradients and memory, against a float32 reference."""
+"""The numbers: token ids, log-probabilities, gradients and memory, against a float32 reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.settings import FLOATS
 from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, token_logprobs, tokens
-from rlvr.testing.conformance.reference import Reference
+from rlvr.testing.conformance.reference import Reference, own_tokenizer
+from rlvr.testing.conformance.spoken import difference
 
 LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Mean absolute difference of token log-probabilities, in nats."""
@@ -35,7 +36,7 @@ def log_probabilities(context: Context) -> str:
         for what, policy in (("base", context.policy(dtype=dtype)), ("adapted", context.adapted(dtype=dtype))):
             ids = tokens(policy)
             found = token_logprobs(logits(context, policy), ids)
-            wanted = token_logprobs(Reference.of(policy, FLOATS[dtype]).logits(ids), ids)
+            wanted = Reference.of(policy, FLOATS[dtype]).logprobs(ids)
             error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
             expect(
                 error <= allowed,
@@ -44,6 +45,14 @@ def log_probabilities(context: Context) -> str:
             )
             measured.append(f"{dtype} {what} {error:.1g}")
     return f"mean difference in nats: {', '.join(measured)}"
+
+
+def tokenizer(context: Context) -> str:
+    """Ids, chat rendering and end of turn; the pad token may be another one."""
+    policy = context.policy()
+    other = difference(policy.tokenizer, own_tokenizer(policy.settings.model))
+    expect(other is None, f"the policy's tokenizer is not the model's own: {other}")
+    return "ids and chat rendering are the model's own"
 
 
 def gradients(context: Context) -> str:

@@ -12,6 +12,7 @@ from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
 from rlvr.exporting.parity import Expected, compare, logprobs, tolerance
 from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
+from rlvr.testing.conformance.spoken import difference, spoken
 
 _TRAINED = 4
 """Times the tolerance: by so much the trained policy differs from its base, for an untrained export to show."""
@@ -88,6 +89,7 @@ def _round_trip(context: Context, export_format: Any, form: Form) -> str:
     expect(not parity.problems, f"{form.name}: loaded back, it is another policy: {'; '.join(parity.problems)}")
     if form is not PLAIN:
         return f"{form.name} {parity.error:.1g}"
+    _expect_tokenizer(policy, loaded, folder, export_format)
     return (
         f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
         + _trainability(context, policy, folder, export_format)
@@ -108,6 +110,22 @@ def _train(
 def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
     context.backend.for_inference(policy)
     return policy.model
+
+
+def _expect_tokenizer(policy: LoadedPolicy, loaded: LoadedPolicy, folder: Path, export_format: str) -> None:
+    """The policy's own, in what the backend loads, and for others in the folder (a GGUF file has it within)."""
+    from transformers import AutoTokenizer
+
+    found = {"loaded back, the tokenizer": loaded.tokenizer}
+    if export_format != "gguf":
+        try:
+            found["the tokenizer in the saved folder"] = AutoTokenizer.from_pretrained(str(folder))
+        except Exception as error:
+            raise CheckFailed(f"no tokenizer was saved beside the weights: {first_line(error)}") from error
+    wanted = spoken(policy.tokenizer)
+    for name, tokenizer in found.items():
+        other = difference(tokenizer, wanted)
+        expect(other is None, f"{name} is not the policy's: {other}")
 
 
 def _trainability(context: Context, policy: LoadedPolicy, folder: Path, export_format: str) -> str:
