@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
-from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
@@ -81,73 +83,75 @@ class Claims4Bit(HFBackend):
         return super().load_policy(replace(settings, quantization="none"))
 
 
+class EightIsFour(Claims4Bit):
+    """Claims 4 and 8 bits, and rounds to 4 for both."""
+
+    def capabilities(self):
+        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit", "8bit"}))
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        if settings.quantization != "none":
+            for parameter in policy.model.parameters():
+                step = parameter.detach().abs().amax(-1, keepdim=True) / 7
+                parameter.data = (parameter / step).round() * step
+        return policy
+
+
+class CheckpointsNothing(HFBackend):
+    """Sets the flag of a module that never checkpoints, and tells the trainer that it is done."""
+
+    def training_arguments(self, policy):
+        others = [c for c in super().training_arguments(policy) if not c.name.startswith("gradient_checkpointing")]
+        return (*others, ArgumentChange("gradient_checkpointing", False, "it is in the model"))
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        policy.model.get_input_embeddings().gradient_checkpointing = policy.settings.gradient_checkpointing
+
+
+class ClaimsUnknownExport(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), export_formats=("adapter", "merged-16bit", "merged-8bit"))
+
+
 class ClaimsUnknownWords(HFBackend):
     def capabilities(self):
         return replace(super().capabilities(), dtypes=frozenset({"auto", "float32", "fp8"}))
 
 
-class ClaimsDora(HFBackend):
-    def apply_lora(self, policy, lora):
-        return replace(super().apply_lora(policy, replace(lora, dora=False)), lora=lora)
-
-
-class WrapsTwice(HFBackend):
-    def apply_lora(self, policy, lora):
-        policy = super().apply_lora(policy, lora)
-        again = LoraConfig(r=lora.r, target_modules="all-linear", task_type="CAUSAL_LM")
-        return replace(policy, model=get_peft_model(policy.model, again))
-
-
-class WrapsAgainWhenAsked(HFBackend):
-    def apply_lora(self, policy, lora):
-        if getattr(policy.model, "peft_config", None):
-            return policy
-        return super().apply_lora(policy, lora)
-
-
-class DropsAlpha(HFBackend):
-    def apply_lora(self, policy, lora):
-        return replace(super().apply_lora(policy, replace(lora, alpha=lora.r)), lora=lora.applied())
-
-
-class DropsRsLora(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, rslora=False))
-
-
-class DropsDropout(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, dropout=0.0))
-
-
-class IgnoresRank(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, r=4))
-
-
-class IgnoresTargets(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, target_modules="all-linear"))
-
-
-class IgnoresBias(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, bias="none"))
-
-
-class IgnoresInit(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, init="default"))
-
-
-class IgnoresLoraSeed(HFBackend):
-    def apply_lora(self, policy, lora):
-        return super().apply_lora(policy, replace(lora, seed=0))
-
-
 class DrawsFromTheGlobalState(HFBackend):
     def load_policy(self, settings):
         torch.manual_seed(settings.seed)
+        return super().load_policy(settings)
+
+
+class ForgetsOldTokens(HFBackend):
+    """Attends to the last 64 tokens."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        layers = ["sliding_attention"] * policy.model.config.num_hidden_layers
+        window = {"use_sliding_window": True, "sliding_window": 64, "layer_types": layers}
+        model = AutoModelForCausalLM.from_pretrained(settings.model, dtype=policy.model.dtype, **window)
+        return replace(policy, model=model)
+
+
+class StretchesPositions(HFBackend):
+    """For contexts longer than 512 tokens."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        if settings.max_seq_length > 512:
+            for name, buffer in policy.model.named_buffers():
+                if name.endswith("inv_freq"):
+                    buffer.mul_(0.25)
+        return policy
+
+
+class SeedsPython(HFBackend):
+    def load_policy(self, settings):
+        random.seed(settings.seed)
         return super().load_policy(settings)
 
 
@@ -224,6 +228,36 @@ class SamplesFromStaleWeights(HFBackend):
             self.synchronised = True
 
 
+class SamplesByItself(HFBackend):
+    """`generate` with an option of its own, whatever was asked for."""
+
+    option: ClassVar[dict[str, float]]
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        generate = policy.model.generate
+
+        def by_itself(*args, generation_config, **kwargs):
+            config = copy.deepcopy(generation_config)
+            config.update(**self.option)
+            return generate(*args, generation_config=config, **kwargs)
+
+        policy.model.generate = by_itself
+        return policy
+
+
+class OtherTemperature(SamplesByItself):
+    option: ClassVar = {"temperature": 0.5}
+
+
+class IgnoresTemperature(SamplesByItself):
+    option: ClassVar = {"temperature": 1.0}
+
+
+class NearlyGreedy(SamplesByItself):
+    option: ClassVar = {"top_k": 2}
+
+
 class MovesTheReference(HFBackend):
     def training_arguments(self, policy):
         return (
@@ -232,6 +266,11 @@ class MovesTheReference(HFBackend):
             ArgumentChange("ref_model_sync_steps", 1, "at every step"),
             ArgumentChange("ref_model_mixup_alpha", 1.0, "completely"),
         )
+
+
+class DropsBeta(HFBackend):
+    def training_arguments(self, policy):
+        return (*super().training_arguments(policy), ArgumentChange("beta", 0.0, "it saves a forward pass"))
 
 
 class ForgetsTheOptimizer(HFBackend):
@@ -251,30 +290,33 @@ class FreezesInFullFinetuning(HFBackend):
         return policy
 
 
+class FreezesForTraining(HFBackend):
+    """Full fine-tuning without the embeddings, once training begins."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        policy.model.get_input_embeddings().requires_grad_(False)
+
+
 BACKEND_FAULTS = {
     ClaimsUnknownWords: "capabilities",
+    ClaimsUnknownExport: "capabilities",
     LoadsTheFirstModelAgain: "setting-model",
     IgnoresDtype: "setting-dtype",
     Claims4Bit: "setting-quantization",
+    EightIsFour: "setting-quantization",
     IgnoresAttention: "setting-attention",
     CutsTheContextInSilence: "setting-max-seq-length",
     TrustsEveryone: "setting-trust-remote-code",
     ClaimsAnEngine: "setting-fast-inference",
     CheckpointsAlways: "setting-gradient-checkpointing",
+    CheckpointsNothing: "setting-gradient-checkpointing",
     AcceptsMissingDevices: "setting-device",
     DrawsFromTheGlobalState: "setting-seed",
-    WrapsTwice: "adapter-applied-once",
-    WrapsAgainWhenAsked: "adapter-applied-once",
-    IgnoresRank: "lora-r",
-    DropsAlpha: "lora-alpha",
-    DropsDropout: "lora-dropout",
-    IgnoresTargets: "lora-target-modules",
-    IgnoresBias: "lora-bias",
-    DropsRsLora: "lora-rslora",
-    ClaimsDora: "lora-dora",
-    IgnoresInit: "lora-init",
-    IgnoresLoraSeed: "lora-seed",
+    SeedsPython: "setting-seed",
     ComputesInHalf: "log-probabilities",
+    ForgetsOldTokens: "log-probabilities",
+    StretchesPositions: "log-probabilities",
     HalvesGradients: "gradients",
     CountsParametersNotBytes: "memory-in-use",
     TakesEveryWeightForFloat32: "memory-in-use",
@@ -284,14 +326,19 @@ BACKEND_FAULTS = {
     TrainsTheBase: "trains-adapter-only",
     TrainsNothingOfA: "trains-adapter-only",
     SamplesFromStaleWeights: "sampler-is-policy",
+    OtherTemperature: "sampler-is-policy",
+    IgnoresTemperature: "sampler-is-policy",
+    NearlyGreedy: "sampler-is-policy",
     MovesTheReference: "reference-is-start",
+    DropsBeta: "reference-is-start",
     ForgetsTheOptimizer: "resumes",
 }
 """Fault → the check that has to find it."""
 
 FAULTS_ALONE = {
     IgnoresRevision: ("setting-revision", "revision='other' was asked for, and another one's weights"),
-    FreezesInFullFinetuning: ("setting-full-finetuning", "1 tensors are frozen"),
+    FreezesInFullFinetuning: ("setting-full-finetuning", "once loaded 1 tensors are frozen"),
+    FreezesForTraining: ("setting-full-finetuning", "after for_training 1 tensors are frozen"),
 }
 """Fault → the check of the group `alone` that has to find it, and a part of what it says."""
 

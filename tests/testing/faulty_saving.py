@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from rlvr.backends.hf.backend import HFBackend
+from rlvr.backends.hf.merge import merged_state_dict, with_weights
 
 
 class Claims4BitExport(HFBackend):
@@ -123,6 +125,55 @@ class MergeLosesDora(HFBackend):
         return super()._merged(policy)
 
 
+class MergesTo32Bits(HFBackend):
+    def _merged(self, policy):
+        return with_weights(policy.model.get_base_model(), merged_state_dict(policy.model), torch.float32)
+
+
+def rewrite_config(folder, **values):
+    """Writes these into a saved adapter's configuration, if `folder` holds one."""
+    path = Path(folder) / "adapter_config.json"
+    if path.exists():
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+class SavesOtherBase(HFBackend):
+    """The adapter names another model, which `load_saved` does not read."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        rewrite_config(folder, base_model_name_or_path="org/other")
+
+
+class SavesOtherAlpha(HFBackend):
+    """Only its own `load_saved` knows what it was."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        super().save(policy, folder, export_format)
+        rewrite_config(folder, lora_alpha=1)
+        self.alpha = policy.lora.alpha
+
+    def load_saved(self, folder, settings, *, trainable=False):
+        with tempfile.TemporaryDirectory() as own:
+            shutil.copytree(folder, own, dirs_exist_ok=True)
+            rewrite_config(own, lora_alpha=self.alpha)
+            return super().load_saved(own, settings, trainable=trainable)
+
+
+class LoadsFreshForTraining(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        policy = super().load_saved(folder, settings, trainable=trainable)
+        for name, parameter in policy.model.named_parameters():
+            if trainable and "lora_B" in name:
+                parameter.data.zero_()
+        return policy
+
+
+class LoadsWithoutSayingLora(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        return replace(super().load_saved(folder, settings, trainable=trainable), lora=None)
+
+
 OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
@@ -178,10 +229,15 @@ SAVING_FAULTS = {
     SavesOtherEnd: "export-adapter",
     SavesAFreshAdapter: "export-adapter",
     LoadsFrozen: "export-adapter",
+    LoadsFreshForTraining: "export-adapter",
+    LoadsWithoutSayingLora: "export-adapter",
+    SavesOtherBase: "export-adapter",
+    SavesOtherAlpha: "export-adapter",
     SavesNoDoraMagnitude: "export-adapter",
     SavesNoBias: "export-adapter",
     LoadSavedDropsRsLora: "export-adapter",
     ExportsTheBase: "export-merged-16bit",
+    MergesTo32Bits: "export-merged-16bit",
     MergesInPlace: "export-merged-16bit",
     MergeLosesRsLora: "export-merged-16bit",
     MergeLosesBias: "export-merged-16bit",

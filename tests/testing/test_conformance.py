@@ -15,6 +15,7 @@ from textwrap import indent
 
 import pytest
 from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
+from faulty_lora import LORA_FAULTS
 from faulty_saving import SAVING_FAULTS
 
 from rlvr.backends.hf.backend import HFBackend
@@ -26,7 +27,7 @@ from rlvr.testing.conformance.catalogue import PROCESSES, select
 from rlvr.testing.conformance.context import Context
 from rlvr.testing.conformance.runner import at_the_same_time, run_check
 
-FAULTS = BACKEND_FAULTS | SAVING_FAULTS
+FAULTS = BACKEND_FAULTS | LORA_FAULTS | SAVING_FAULTS
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
 
@@ -98,6 +99,22 @@ def test_a_backend_object_is_checked_in_this_process_without_what_needs_a_fresh_
     assert [result.name for result in report.results] == ["lora-r"]
     assert seen == list(report.results)
     assert report.ok
+
+
+class BFloat16Only(HFBackend):
+    """Right, and without float32: "auto" is bfloat16."""
+
+    def capabilities(self):
+        return dataclasses.replace(super().capabilities(), dtypes=frozenset({"auto", "bfloat16"}))
+
+    def load_policy(self, settings):
+        dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
+        return super().load_policy(dataclasses.replace(settings, dtype=dtype))
+
+
+def test_a_right_backend_without_float32_passes():
+    report = check_backend(BFloat16Only(), only=["settings", "lora", "policy", "training", "saving"])
+    assert report.ok, str(report)
 
 
 def test_unknown_checks_and_backends_are_refused():

@@ -63,14 +63,17 @@ CHECKS: tuple[Check, ...] = (
     Check("lora-init", "lora", "each start is its own and leaves the model as it was", "lora:init"),
     Check("lora-seed", "lora", "the seed decides the start, global random state is kept", "lora:seed"),
     Check("tokenizer", "policy", "ids and chat rendering are those of the model's own", "policy:tokenizer"),
-    Check("log-probabilities", "policy", "equal to the float32 reference, by dtype", "policy:log_probabilities"),
+    Check(
+        "log-probabilities",
+        "policy",
+        "equal to the float32 reference, by dtype, near and far",
+        "policy:log_probabilities",
+    ),
     Check("gradients", "policy", "of the adapter, equal to the float32 reference's, by dtype", "policy:gradients"),
     Check("memory-in-use", "policy", "within 10% of what weights and adapter take", "policy:memory"),
     Check("training-arguments", "training", "changes name real arguments, with reasons", "training:arguments"),
     Check("trains-adapter-only", "training", "two steps change the adapter, nothing else", "training:adapter_only"),
-    Check(
-        "sampler-is-policy", "training", "samples from what is trained, before and after a step", "training:sampler"
-    ),
+    Check("sampler-is-policy", "training", "draws from what is trained, before and after a step", "training:sampler"),
     Check("reference-is-start", "training", "with beta > 0 the reference is the model as given", "training:reference"),
     Check("resumes", "training", "a checkpoint is taken up where it was left", "training:resumes"),
     Check("export-adapter", "saving", "loads back as the same policy", "saving:export", "adapter"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import random
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -117,6 +119,29 @@ def shake(
             if parameter.requires_grad and where(name):
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_((scale * noise).to(parameter.device, parameter.dtype))
+
+
+def random_states() -> dict[str, bytes]:
+    """The global random states, by whose they are."""
+    import numpy
+    import torch
+
+    return {
+        "Python": pickle.dumps(random.getstate()),
+        "NumPy": pickle.dumps(numpy.random.get_state()),
+        "torch": torch.random.get_rng_state().numpy().tobytes(),
+    }
+
+
+def expect_random_states(before: dict[str, bytes], what: str) -> None:
+    now = random_states()
+    changed = [name for name, state in before.items() if now[name] != state]
+    expect(not changed, f"{what} changes the global random state of {', '.join(changed)}")
+
+
+def dtype_name(policy: LoadedPolicy) -> str:
+    """What the policy's unquantized weights are in."""
+    return str(policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
 
 
 def tokens(policy: LoadedPolicy) -> torch.Tensor:

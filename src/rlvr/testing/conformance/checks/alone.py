@@ -53,8 +53,11 @@ def full_finetuning(context: Context) -> str:
         context.expect_refusal("full_finetuning, which is not claimed,", full_finetuning=True)
         return "refused"
     policy = context.policy(full_finetuning=True)
-    frozen = [name for name, parameter in policy.model.named_parameters() if not parameter.requires_grad]
-    expect(not frozen, f"full_finetuning: {len(frozen)} tensors are frozen, for example {frozen[:1]}")
+    for when, prepare in (("once loaded", None), ("after for_training", context.backend.for_training)):
+        if prepare is not None:
+            prepare(policy)
+        frozen = [name for name, parameter in policy.model.named_parameters() if not parameter.requires_grad]
+        expect(not frozen, f"full_finetuning: {when} {len(frozen)} tensors are frozen, for example {frozen[:1]}")
     expect(policy.lora is None, "full_finetuning, and LoadedPolicy.lora is not None")
     with refusal("apply_lora on a policy that was loaded for full_finetuning"):
         context.backend.apply_lora(policy, LoraSettings())

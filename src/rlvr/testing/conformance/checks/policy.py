@@ -19,6 +19,8 @@ LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 """Norm of the difference over the norm of the reference's gradient, all factors together."""
 
+_FAR = 1024  # tokens
+
 MEMORY_TOLERANCE = 0.1
 _WORTH_ASKING_CUDA = 64 * 2**20  # bytes; below, what libraries keep beside the weights counts for too much
 _LARGE: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 8192, "layers": 4, "heads": 16}
@@ -44,7 +46,29 @@ def log_probabilities(context: Context) -> str:
                 f"on average; allowed: {allowed:g}",
             )
             measured.append(f"{dtype} {what} {error:.1g}")
-    return f"mean difference in nats: {', '.join(measured)}"
+    return f"mean difference in nats: {', '.join(measured)}; {_far(context)}"
+
+
+def _far(context: Context) -> str:
+    """Positions that the other checks do not reach, up to the max_seq_length that was asked for."""
+    dtype, length = dtypes_to_compare(context)[0], min(_FAR, _longest(context.policy()))
+    policy = context.policy(dtype=dtype, max_seq_length=length)
+    known = tokens(policy).flatten()
+    drawn = torch.randint(len(known), (1, length), generator=torch.Generator().manual_seed(5))
+    ids = known[drawn.to(known.device)]
+    found = token_logprobs(logits(context, policy, ids), ids)
+    wanted = Reference.of(policy, FLOATS[dtype]).logprobs(ids)
+    error, allowed = (found - wanted)[:, length // 4 :].abs().mean().item(), LOGPROB_TOLERANCE[dtype]
+    expect(
+        error <= allowed,
+        f"max_seq_length={length}, {dtype}: log-probabilities after token {length // 4} differ from the float32 "
+        f"reference by {error:.2g} nats on average; allowed: {allowed:g}. Are positions scaled, or tokens forgotten?",
+    )
+    return f"up to token {length} {error:.1g}"
+
+
+def _longest(policy: LoadedPolicy) -> int:
+    return getattr(policy.model.config.get_text_config(), "max_position_embeddings", None) or _FAR
 
 
 def tokenizer(context: Context) -> str:

@@ -7,15 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
+from rlvr.backends.checks import lora_settings
 from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
-from rlvr.exporting.parity import Expected, compare, logprobs, tolerance
+from rlvr.exporting.parity import Expected, Tolerance, compare, logprobs, tolerance
 from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
 from rlvr.testing.conformance.spoken import difference, spoken
 
 _TRAINED = 4
 """Times the tolerance: by so much the trained policy differs from its base, for an untrained export to show."""
+
+_KEPT = ("r", "alpha", "dropout", "bias", "rslora", "dora")
+"""Of `LoraSettings`: what an adapter's file says too. Its modules are written out there, and its start is past."""
 
 
 @dataclass(frozen=True)
@@ -90,10 +95,10 @@ def _round_trip(context: Context, export_format: Any, form: Form) -> str:
     if form is not PLAIN:
         return f"{form.name} {parity.error:.1g}"
     _expect_tokenizer(policy, loaded, folder, export_format)
-    return (
-        f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
-        + _trainability(context, policy, folder, export_format)
-    )
+    said = f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
+    if export_format == "merged-16bit":
+        _expect_16_bits(folder)
+    return said + (_adapter(context, policy, folder, expected, allowed) if export_format == "adapter" else "")
 
 
 def _train(
@@ -128,22 +133,49 @@ def _expect_tokenizer(policy: LoadedPolicy, loaded: LoadedPolicy, folder: Path, 
         expect(other is None, f"{name} is not the policy's: {other}")
 
 
-def _trainability(context: Context, policy: LoadedPolicy, folder: Path, export_format: str) -> str:
-    """An adapter is loaded for inference, or for training on."""
-    if export_format != "adapter":
-        return ""
+def _adapter(context: Context, policy: LoadedPolicy, folder: Path, expected: Expected, allowed: Tolerance) -> str:
+    """An adapter is loaded for inference, or for training on, and says in its file what it is."""
+    from peft import PeftConfig
 
-    def trainable(of: LoadedPolicy) -> int:
-        return sum(parameter.numel() for parameter in of.model.parameters() if parameter.requires_grad)
-
-    frozen = trainable(context.backend.load_saved(folder, policy.settings))
-    expect(frozen == 0, f"load_saved(trainable=False) left {frozen:,} parameters trainable")
-    again = trainable(context.backend.load_saved(folder, policy.settings, trainable=True))
+    file: Any = PeftConfig.from_pretrained(str(folder))
+    base = file.base_model_name_or_path
     expect(
-        again == trainable(policy),
-        f"load_saved(trainable=True) has {again:,} trainable parameters; the saved policy has {trainable(policy):,}",
+        base == policy.settings.model or not Path(policy.settings.model).is_dir(),
+        f"adapter_config.json names the base {base!r}, and the policy's is {policy.settings.model!r}",
+    )
+    frozen = context.backend.load_saved(folder, policy.settings)
+    expect(not _trainable(frozen), f"load_saved(trainable=False) left {_trainable(frozen):,} parameters trainable")
+    again = context.backend.load_saved(folder, policy.settings, trainable=True)
+    expect(
+        _trainable(again) == _trainable(policy),
+        f"load_saved(trainable=True) has {_trainable(again):,} trainable parameters; the saved policy has "
+        f"{_trainable(policy):,}",
+    )
+    stated = {"adapter_config.json": lora_settings(file), "LoadedPolicy.lora of load_saved": frozen.lora}
+    for name in _KEPT:
+        wanted = getattr(policy.lora, name)
+        for where, lora in stated.items():
+            found = getattr(lora, name, None)
+            expect(found == wanted, f"{where} says {name}={found}; the adapter that was saved has {wanted}")
+    error = (logprobs(_inferring(context, again), expected.texts) - expected.logprobs).abs().mean().item()
+    expect(
+        error <= allowed.error,
+        f"load_saved(trainable=True) gives another policy: log-probabilities differ by {error:.2g} nats on average "
+        f"(allowed: {allowed.error:g}). Is its adapter a fresh one?",
     )
     return ", trains on"
+
+
+def _trainable(policy: LoadedPolicy) -> int:
+    return sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
+
+
+def _expect_16_bits(folder: Path) -> None:
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+            wide = [n for n, s in slices.items() if len(s.get_shape()) > 1 and s.get_dtype() not in ("BF16", "F16")]
+        expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
 
 
 def _files(folder: Path) -> list[str]:

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
-from rlvr.backends.protocol import CHOICES, PROTOCOL_VERSION, Capabilities, LoadedPolicy, LoraSettings
-from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, logits, tokens
+from rlvr.backends.protocol import (
+    CHOICES,
+    PROTOCOL_VERSION,
+    Capabilities,
+    ExportFormat,
+    LoadedPolicy,
+    LoraSettings,
+)
+from rlvr.testing.conformance.context import (
+    CheckFailed,
+    Context,
+    expect,
+    expect_random_states,
+    first_line,
+    logits,
+    random_states,
+    tokens,
+)
 
 FLOATS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -27,11 +43,13 @@ def capabilities(context: Context) -> str:
         "attention": claims.attentions,
         "bias": claims.lora_biases,
         "init": claims.lora_inits,
+        "export_formats": frozenset(claims.export_formats),
     }
+    choices = {**CHOICES, "export_formats": get_args(ExportFormat)}
     for name, values in claimed.items():
-        unknown = sorted(set(values) - set(CHOICES[name]))
+        unknown = sorted(set(values) - set(choices[name]))
         expect(
-            not unknown, f"claims unknown values of {name}: {', '.join(unknown)}; allowed: {', '.join(CHOICES[name])}"
+            not unknown, f"claims unknown values of {name}: {', '.join(unknown)}; allowed: {', '.join(choices[name])}"
         )
     usual = {"dtype": "auto", "quantization": "none", "attention": "auto", "bias": "none", "init": "default"}
     lacking = [f"{name}={value!r}" for name, value in usual.items() if value not in claimed[name]]
@@ -107,7 +125,7 @@ def weight_dtypes(policy: LoadedPolicy) -> set[torch.dtype]:
 
 
 def quantization(context: Context) -> str:
-    honoured = []
+    errors: dict[str, float] = {}
     plain: torch.Tensor | None = None
     for name in CHOICES["quantization"]:
         if name == "none":
@@ -121,7 +139,13 @@ def quantization(context: Context) -> str:
         error = ((found - plain).norm() / (plain - plain.mean()).norm()).item()
         expect(error > 0, f"quantization={name!r} was asked for, and the logits are those of unquantized weights")
         expect(error < 0.5, f"quantization={name!r}: the logits are off by {error:.0%} of their spread")
-        honoured.append(f"{name} (logits move by {error:.1%})")
+        errors[name] = error
+    if len(errors) == 2:
+        expect(
+            errors["8bit"] < errors["4bit"],
+            f"8 bits move the logits by {errors['8bit']:.1%} and 4 bits by {errors['4bit']:.1%}; 8 have to be nearer",
+        )
+    honoured = [f"{name} (logits move by {error:.1%})" for name, error in errors.items()]
     return f"honoured: {', '.join(honoured) or 'none'}; the others are refused"
 
 
@@ -173,7 +197,8 @@ def _with_own_code(context: Context) -> tuple[Any, str]:
 
 
 def checkpointing(context: Context) -> str:
-    """On: the model checkpoints, or the trainer is left to. Off: neither."""
+    """On: the model checkpoints, or the trainer is left to. Off: neither. On, less is kept for the backward pass."""
+    kept = {}
     for asked in (True, False):
         policy = context.policy(LoraSettings(r=4), gradient_checkpointing=asked)
         context.backend.for_training(policy)
@@ -185,7 +210,29 @@ def checkpointing(context: Context) -> str:
             f"gradient_checkpointing={asked}: the model {'does' if in_model else 'does not'} checkpoint, and "
             f"training_arguments leaves the trainer's at {by_trainer}",
         )
-    return "on and off are honoured"
+        if by_trainer:
+            policy.model.gradient_checkpointing_enable(changes.get("gradient_checkpointing_kwargs"))
+        kept[asked] = _kept_for_backward(policy)
+    expect(
+        kept[True] < kept[False],
+        f"gradient_checkpointing=True keeps {kept[True]:,} bytes for the backward pass, and False {kept[False]:,}: "
+        "nothing is checkpointed",
+    )
+    return f"on and off are honoured: {kept[True]:,} and {kept[False]:,} bytes are kept for the backward pass"
+
+
+def _kept_for_backward(policy: LoadedPolicy) -> int:
+    """Bytes of the tensors that a forward pass in training keeps, weights included."""
+    sizes = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
+
+    ids = tokens(policy)
+    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        policy.model(input_ids=ids, labels=ids)
+    return sum(sizes)
 
 
 def fast_inference(context: Context) -> str:
@@ -215,9 +262,9 @@ def device(context: Context) -> str:
 
 
 def seed(context: Context) -> str:
-    before = torch.random.get_rng_state()
+    before = random_states()
     policies = [context.policy(seed=7) for _ in range(2)]
-    expect(torch.equal(before, torch.random.get_rng_state()), "loading a policy changes the global random state")
+    expect_random_states(before, "loading a policy")
     one, other = (logits(context, policy) for policy in policies)
     expect(torch.equal(one, other), "two loads with one seed gave different policies")
     return "one seed, one policy"

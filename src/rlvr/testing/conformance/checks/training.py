@@ -12,13 +12,16 @@ from transformers import TrainerCallback
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.errors import AdapterError, SamplerDriftError
-from rlvr.testing.conformance.context import CheckFailed, Context, expect, plain_name
+from rlvr.testing.conformance.context import CheckFailed, Context, expect, logits, plain_name
 
 STEPS = 2
 KL_OF_ITSELF = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Nats a token: what rounding makes of the KL divergence of a policy from itself, by the dtype it is computed in."""
 
 _MOVED = 3  # times the sampler's allowed drift: by so much a step has to move the policy, for staleness to show
+
+_COMPLETIONS = 64  # of 16 tokens at most: enough to tell a temperature of 0.7 from one of 0.8
+_STANDARD_ERRORS = 5  # a right sampler is beyond once in a million
 
 
 def arguments(context: Context) -> str:
@@ -59,9 +62,12 @@ def sampler(context: Context) -> str:
     from rlvr.trainers.canary import bound_of
 
     measured = []
-    for engine in ("generate", "auto"):
+    for engine, temperature in (("generate", 0.7), ("auto", 1.0)):
         policy = context.adapted()
-        trainer = trainer_for(context, policy, rollout_engine=engine, max_steps=1, learning_rate=0.05)
+        trainer = trainer_for(
+            context, policy, rollout_engine=engine, temperature=temperature, max_steps=1, learning_rate=0.05
+        )
+        off = _expect_drawn(context, policy, trainer, temperature)
         drifts = [_drift(context, policy, trainer, "before a step")]
         probe = _training_logprobs(trainer)
         trainer.train()
@@ -72,8 +78,44 @@ def sampler(context: Context) -> str:
             f"the step moved the policy by {moved:.2g} nats, too little to tell a stale sampler from the policy",
         )
         drifts.append(_drift(context, policy, trainer, f"after a step that moved the policy by {moved:.2g} nats"))
-        measured.append(f"{trainer.engine.name} {drifts[0]:.1g} and {drifts[1]:.1g}")
-    return f"mean difference in nats before and after: {', '.join(measured)}"
+        measured.append(
+            f"{trainer.engine.name} {drifts[0]:.1g} and {drifts[1]:.1g}, drawn within {abs(off):.1f} errors"
+        )
+    return f"mean difference in nats before and after: {'; '.join(measured)}"
+
+
+def _expect_drawn(context: Context, policy: LoadedPolicy, trainer: Any, temperature: float) -> float:
+    """Tokens are drawn from the policy at this temperature: they have the log-probabilities that it gives them.
+
+    With p the policy's own distribution at a place, and x the token drawn there, log p(x) + H(p) has mean 0 and
+    variance Σ p log² p − H², whatever was drawn before. The sum over places is nearly normal.
+
+    Returns:
+        By how many standard errors the sum is off.
+    """
+    from rlvr.rollout.engine import sample_all
+
+    prompt = _prompt_ids(policy)[0]
+    context.backend.for_inference(policy)
+    turns = sample_all(trainer.engine, [prompt] * _COMPLETIONS, max_completion_tokens=16)
+    drawn, meant, variances = [], [], []
+    for turn in turns:
+        row = torch.tensor([prompt + turn.token_ids], device=policy.model.device)
+        values = (logits(context, policy, row)[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        mean = (values.exp() * values).sum(-1)
+        drawn.append(values.gather(-1, torch.tensor(turn.token_ids)[:, None]).squeeze(-1))
+        meant.append(mean)
+        variances.append((values.exp() * values**2).sum(-1) - mean**2)
+    context.backend.for_training(policy)
+    found, expected = torch.cat(drawn), torch.cat(meant)
+    off = ((found - expected).sum() / torch.cat(variances).sum() ** 0.5).item()
+    expect(
+        abs(off) <= _STANDARD_ERRORS,
+        f"{trainer.engine.name} does not draw from the policy at temperature {temperature:g}: {len(found)} tokens "
+        f"have a mean log-probability of {found.mean():.3f}, and should have {expected.mean():.3f}: {abs(off):.0f} "
+        f"standard errors off; allowed: {_STANDARD_ERRORS}. Is the temperature, top_k or top_p another one?",
+    )
+    return off
 
 
 def _drift(context: Context, policy: LoadedPolicy, trainer: Any, when: str) -> float:
@@ -118,7 +160,11 @@ def reference(context: Context) -> str:
     trainer.train()
     divergence = [row["kl"] for row in trainer.state.log_history if "kl" in row]
     allowed = KL_OF_ITSELF.get(computed_in(trainer), KL_OF_ITSELF[torch.bfloat16])
-    expect(len(divergence) == 3, f"the KL term was logged {len(divergence)} times in 3 steps with beta=0.1")
+    expect(
+        len(divergence) == 3,
+        f"the KL term was logged {len(divergence)} times in 3 steps with beta=0.1; the trainer's beta is "
+        f"{trainer.args.beta:g}: do training_arguments change it?",
+    )
     expect(
         abs(divergence[0]) <= allowed,
         f"at the first step the policy is {divergence[0]:.2g} nats a token from its reference, which is then not the "
@@ -203,8 +249,8 @@ def trainer_for(
         "use_cpu": on_cpu,
         "gradient_checkpointing": False,
         "seed": 0,
-        **{change.name: change.value for change in context.backend.training_arguments(policy)},
         **overrides,
+        **{change.name: change.value for change in context.backend.training_arguments(policy)},
     }
     trainer = EnhancedGRPOTrainer(
         model=policy.model,
