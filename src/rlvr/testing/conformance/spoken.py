@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,9 +19,10 @@ def spoken(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Token ids, by what they are made of."""
     ids: dict[str, list[int]] = {repr(text): tokenizer(text)["input_ids"] for text in TEXTS}
     for name, prompted in (("three messages", False), ("three messages, to be answered", True)):
-        ids[name] = tokenizer.apply_chat_template(
+        rendered: Any = tokenizer.apply_chat_template(
             list(MESSAGES), add_generation_prompt=prompted, tokenize=True, return_dict=False
         )
+        ids[name] = rendered
     ids["the end of a turn"] = [tokenizer.eos_token_id]
     return ids
 
@@ -30,10 +31,10 @@ def difference(tokenizer: PreTrainedTokenizerBase, wanted: dict[str, list[int]])
     """The first thing of which it makes other ids than `wanted`, as the end of a finding; None if there is none."""
     for name, found in spoken(tokenizer).items():
         if found != wanted[name]:
-            place = next((i for i, (a, b) in enumerate(zip(found, wanted[name], strict=False)) if a != b), -1)
+            pairs = zip(found, wanted[name], strict=False)
+            places = (f"; id {i} is {a} instead of {b}" for i, (a, b) in enumerate(pairs) if a != b)
             return (
                 f"{name} becomes {tokenizer.decode(found)!r} and should be {tokenizer.decode(wanted[name])!r}: "
-                f"{len(found)} ids instead of {len(wanted[name])}, "
-                + (f"the first other one is {found[place]} instead of {wanted[name][place]}" if place >= 0 else "")
-            ).rstrip(", ")
+                f"{len(found)} ids instead of {len(wanted[name])}{next(places, '')}"
+            )
     return None
