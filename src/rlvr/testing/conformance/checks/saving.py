@@ -25,7 +25,7 @@ _KEPT = ("r", "alpha", "dropout", "bias", "rslora", "dora")
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of LoRA. `part` is in the names of the parameters that a plain adapter does not have."""
+    """A kind of LoRA. `part` is in the names of the parameters that the check trains, and looks for afterwards."""
 
     name: str
     lora: LoraSettings
