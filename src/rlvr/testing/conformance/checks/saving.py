@@ -137,7 +137,9 @@ def _adapter(context: Context, policy: LoadedPolicy, folder: Path, expected: Exp
     """An adapter is loaded for inference, or for training on, and says in its file what it is."""
     from peft import PeftConfig
 
-    file: Any = PeftConfig.from_pretrained(str(folder))
+    paths = list(folder.rglob("adapter_config.json"))  # PEFT has a folder for an adapter with a name
+    expect(len(paths) == 1, f"{len(paths)} files adapter_config.json were saved; one says what the adapter is")
+    file: Any = PeftConfig.from_pretrained(str(paths[0].parent))
     base = file.base_model_name_or_path
     expect(
         base == policy.settings.model or not Path(policy.settings.model).is_dir(),
