@@ -9,7 +9,7 @@ dtype, another chat template) trains without a complaint, on the wrong distribut
 They see what exceeds `BOUNDS`, the second what exceeds chance too. A lost adapter is seen once it has moved
 log-probabilities by more: by 0.001 nats in float32, which takes a few steps, and by 0.1 nats in bfloat16, which takes
 many at a small learning rate; a fresh adapter does nothing and cannot be missed. Whether a sampler is nearer to the
-policy without its adapter is no test in bfloat16: merging a small adapter into such weights rounds it away.
+policy without its adapter is no test in bfloat16 either, where rounding moves more than a small adapter does.
 """
 
 from __future__ import annotations
