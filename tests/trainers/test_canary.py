@@ -14,7 +14,7 @@ from rlvr.errors import ConfigError, SamplerDriftError
 from rlvr.rollout.grouped import GroupedEngine, weights
 from rlvr.testing.tiny import tiny_model, tiny_tokenizer
 from rlvr.trainers import EnhancedGRPOTrainer
-from rlvr.trainers.canary import _TILTS, _completions_of, bound_of, chance, cumulants, entropy
+from rlvr.trainers.canary import _TILTS, _completions_of, bound_of, chance, check_sampler, cumulants, entropy
 
 
 def test_columns_of_unsloths_trainer_are_found():
@@ -24,6 +24,29 @@ def test_columns_of_unsloths_trainer_are_found():
     assert _completions_of(moved, mask, 2).tolist() == [[1, 2], [3, 4], [5, 6]]
     as_trl = torch.tensor([[1.0, 2], [3, 4], [5, 6]])
     assert _completions_of(as_trl, mask, 2) is as_trl
+
+
+@pytest.mark.parametrize(("on_unsloths", "compared"), [(True, [[1, 5, 6, 7]]), (False, [[1, 5, 6, 7], [1, 5, 0, 6]])])
+def test_rows_that_unsloths_trainer_would_misread_are_left_out(on_unsloths, compared):
+    """Token 0, of padding, was sampled: there it counts as padding wherever it is."""
+    seen = []
+
+    def training_forward(model, ids, mask, columns):
+        seen.extend(ids.tolist())
+        return torch.full((len(ids), columns), -1.0), None, None
+
+    trainer = SimpleNamespace(
+        accelerator=SimpleNamespace(device="cpu"),
+        args=SimpleNamespace(bf16=False, fp16=False),
+        model=SimpleNamespace(dtype=torch.float32),
+        use_vllm=False,
+        _tokenizer=SimpleNamespace(pad_token_id=0),
+        _on_unsloth_trainer=on_unsloths,
+        _get_per_token_logps_and_entropies=training_forward,
+    )
+    completions = [[5, 6, 7], [5, 0, 6]]
+    drift = check_sampler(trainer, [[1], [1]], completions, [[1] * 3] * 2, [[-1.0] * 3] * 2)
+    assert (seen, drift.tokens) == (compared, 3 * len(compared))
 
 
 @pytest.mark.parametrize(

@@ -92,12 +92,14 @@ def check_sampler(
     """
     from trl.trainer.utils import pad
 
+    padding = trainer._tokenizer.pad_token_id
     rows = [row for row, mask in enumerate(sampled_mask) if any(mask)]
+    if trainer._on_unsloth_trainer:  # takes every token of this id for padding, and its neighbours for others
+        rows = [row for row in rows if padding not in completion_ids[row]] or rows
     rows = sorted(rows, key=lambda row: len(prompt_ids[row]) + len(completion_ids[row]))[:4]  # it should cost little
     prompt_ids, completion_ids = [prompt_ids[row] for row in rows], [completion_ids[row] for row in rows]
     sampled_mask, logprobs = [sampled_mask[row] for row in rows], [logprobs[row] for row in rows]
     device = trainer.accelerator.device
-    padding = trainer._tokenizer.pad_token_id
 
     def padded(rows: list[list[Any]], value: int, side: str) -> torch.Tensor:
         return pad([torch.tensor(row) for row in rows], padding_value=value, padding_side=side).to(device)
