@@ -12,9 +12,7 @@ from rlvr.cli.output import write_result
 if TYPE_CHECKING:
     from rlvr.tracking.lineage import Lineage, Link
 
-EXIT_CHANGED = (
-    1  # a file is no longer what was saved, or its record is damaged; a run that cannot be read is an RlvrError
-)
+EXIT_CHANGED = 1  # a file is no longer what was saved, or its record is damaged
 _DIGITS = 12  # of a hash, in the table
 
 

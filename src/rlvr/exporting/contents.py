@@ -72,16 +72,22 @@ def _resolved(model: str) -> Path:
 
 
 def _dtype_problems(folder: Path) -> list[str]:
-    """Of matrices alone: a backend may keep norms in float32, as some models ask for."""
+    others = {dtype for dtype in wide_matrices(folder).values() if dtype.startswith("F")}
+    return [f"it holds weights in {', '.join(sorted(others))}, not in 16 bits"] if others else []
+
+
+def wide_matrices(folder: Path) -> dict[str, str]:
+    """Name → dtype, as safetensors has it, of a saved model's matrices that are not 16-bit floating point. Vectors are
+    left out: a backend may keep norms in float32, as some models ask for."""
     from safetensors import safe_open
 
-    others: set[str] = set()
-    for path in folder.glob("*.safetensors"):
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it has no iterator)
-            others |= {part.get_dtype() for part in slices if len(part.get_shape()) > 1}
-    others = {dtype for dtype in others if dtype.startswith("F") and dtype not in _SIXTEEN_BIT}
-    return [f"it holds weights in {', '.join(sorted(others))}, not in 16 bits"] if others else []
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        matrices = {name: part.get_dtype() for name, part in slices.items() if len(part.get_shape()) > 1}
+        found.update({name: dtype for name, dtype in matrices.items() if dtype not in _SIXTEEN_BIT})
+    return found
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -153,11 +153,9 @@ def check_base_files(record: Mapping[str, Any] | None) -> None:
     if record["files"] is None:
         replaced = record["commit"] and Path(model).expanduser().exists()
         found = f"it was loaded from the Hub, commit {record['commit']}, and is a local folder now" if replaced else ""
-    elif not Path(model).expanduser().exists():
-        found = "it is gone"
     else:
-        changed = changed_files(_folder(model), record["files"])
-        found = f"changed or missing: {', '.join(changed)}" if changed else ""
+        state, changed = folder_state(_folder(model), record)
+        found = "it is gone" if state == "gone" else f"changed or missing: {', '.join(changed)}" if changed else ""
     if found:
         raise ModelError(
             f"the base model {model!r} is no longer the one that the run was trained on: {found}. What was trained "

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from rlvr.backends.checks import lora_settings
 from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
+from rlvr.exporting.contents import wide_matrices
 from rlvr.exporting.parity import Expected, Tolerance, compare, logprobs, tolerance
 from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
 from rlvr.testing.conformance.spoken import difference, spoken
@@ -179,11 +179,8 @@ def _sixteen_bits(context: Context) -> str:
     half, folder = save_tiny(context.folder(), dtype=torch.bfloat16), context.folder()
     policy = context.adapted(model=half, dtype="auto")
     context.backend.save(policy, folder, "merged-16bit")
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        wide = [n for n, s in slices.items() if len(s.get_shape()) > 1 and s.get_dtype() not in ("BF16", "F16")]
-        expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
+    wide = [*wide_matrices(folder)]
+    expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
     return "16 bits of bfloat16 stay 16"
 
 
