@@ -11,7 +11,8 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from rlvr.config import TrainSettings, option_default, option_type
+from rlvr.config import TrainSettings, option_type
+from rlvr.options import option_default
 
 TABLE = re.compile(r"(<!-- options: (?P<group>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

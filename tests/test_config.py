@@ -7,12 +7,12 @@ from rlvr.config import (
     EVALUATION_SETTINGS,
     TrainSettings,
     merge,
-    option_default,
     option_type,
     read_config,
     settings_from,
 )
 from rlvr.errors import ConfigError
+from rlvr.options import option_default
 
 ISSUE_OPTIONS = """
     --batch-size --num-generations --learning-rate --max-steps --num-epochs --gradient-accumulation-steps

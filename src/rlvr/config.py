@@ -6,18 +6,18 @@ from the fields of `TrainSettings`.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
+from dataclasses import Field, asdict, dataclass, fields, replace
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from rlvr.backends.protocol import CHOICES, LoraSettings, ModelSettings
 from rlvr.batches import USUAL_BATCH_SIZE, BatchPlan, batch_plan, shared_batch_size
 from rlvr.errors import ConfigError
+from rlvr.options import checked, option, value_type
+from rlvr.wording import closest
 
 TASK = "Task and model"
 ROLLOUTS = "Rollouts"
@@ -39,26 +39,6 @@ EVALUATION_SETTINGS = (  # those of `TrainSettings` that `evaluate` takes too
     *("dtype", "bf16", "fp16", "load_in_4bit", "load_in_8bit", "attention", "seed"),
 )
 PREFLIGHT_SETTINGS = (*EVALUATION_SETTINGS, "temperature", "num_generations", "prompts_per_step")
-
-
-def option(
-    default: Any,
-    help: str,
-    group: str,
-    *,
-    choices: tuple[str, ...] | None = None,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    below: float | None = None,
-    cli: bool = True,
-) -> Any:
-    """A field of the settings. The bounds are `least <= value <= most` and `above < value < below`."""
-    bounds = {"at least": least, "above": above, "at most": most, "below": below}
-    metadata = {"help": help, "group": group, "choices": choices, "bounds": bounds, "cli": cli}
-    if isinstance(default, dict):
-        return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +188,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         problems = []
         for definition in fields(self):
-            value, problem = _checked(definition, getattr(self, definition.name))
+            value, problem = checked(definition, option_type(definition), getattr(self, definition.name))
             object.__setattr__(self, definition.name, value)
             problems += [problem] if problem else []
         if not problems:  # the comparisons below are between values of the right type
@@ -425,12 +405,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'batch_size'?`, or nothing where no known name is close."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
 @functools.cache
 def _type_hints() -> dict[str, Any]:
     return get_type_hints(TrainSettings)
@@ -438,78 +412,4 @@ def _type_hints() -> dict[str, Any]:
 
 def option_type(definition: Field[Any]) -> tuple[Any, bool]:
     """The type of a field of `TrainSettings` and whether it may be None."""
-    hint = _type_hints()[definition.name]
-    if get_origin(hint) in (Union, UnionType):
-        return next(part for part in get_args(hint) if part is not type(None)), True
-    return get_origin(hint) or hint, False
-
-
-def option_default(definition: Field[Any]) -> Any:
-    return {} if definition.default is MISSING else definition.default
-
-
-_TYPE_WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "text",
-    dict: "a mapping",
-}
-
-
-def _checked(definition: Field[Any], value: Any) -> tuple[Any, str | None]:
-    """The value in its type, and what is wrong with it."""
-    kind, optional = option_type(definition)
-    if value is None and optional:
-        return None, None
-    name = definition.name
-    value = _converted(value, kind)
-    if type(value) is not kind:
-        return value, f"{name} is {value!r}; it must be {_TYPE_WORDS[kind]}."
-    choices = definition.metadata["choices"]
-    if choices and value not in choices:
-        return value, f"{name} is {value!r}; allowed: {', '.join(choices)}.{closest(value, choices)}"
-    if kind in (int, float):
-        limits = {words: limit for words, limit in definition.metadata["bounds"].items() if limit is not None}
-        if not all(_within(value, words, limit) for words, limit in limits.items()):
-            allowed = " and ".join(f"{words} {limit}" for words, limit in limits.items())
-            allowed += " and finite" if value == float("inf") else ""
-            hint = _WHY_TWO if name == "num_generations" else ""
-            return value, f"{name} is {value}; it must be {allowed}.{hint}"
-    return value, None
-
-
-_WHY_TWO = " GRPO compares completions of one prompt with each other, so it needs two or more."
-
-
-def _within(value: float, words: str, limit: float) -> bool:
-    comparisons = {
-        "at least": value >= limit,
-        "above": value > limit,
-        "at most": value <= limit,
-        "below": value < limit,
-    }
-    return comparisons[words] and value != float("inf")
-
-
-def _converted(value: Any, kind: Any) -> Any:
-    """Numbers as YAML 1.1 and NumPy write them (`1e-5` is text to YAML), paths and lists of names as text."""
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    if kind is int and not isinstance(value, (bool, str)):
-        return int(value) if isinstance(value, float) and value.is_integer() else _as_int(value)
-    if kind is str and isinstance(value, Path):
-        return str(value)
-    if kind is str and isinstance(value, (list, tuple)):
-        return ",".join(map(str, value))
-    return dict(value) if kind is dict and isinstance(value, Mapping) else value
-
-
-def _as_int(value: Any) -> Any:
-    try:
-        return value.__index__()
-    except (AttributeError, TypeError):
-        return value
+    return value_type(_type_hints()[definition.name])

@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from typer.core import TyperCommand
 
-from rlvr.config import TrainSettings, closest, option_default, option_type
+from rlvr.config import TrainSettings, option_type
 from rlvr.errors import ConfigError
+from rlvr.options import option_default
+from rlvr.wording import closest
 
 SHORT = {"model": "-m"}
 COMMAND_OPTIONS = frozenset(  # of the commands on environments themselves, beside settings

@@ -7,7 +7,6 @@ for, and never stands in another's way.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -29,6 +28,7 @@ from rlvr.errors import (
     UnknownPluginError,
 )
 from rlvr.plugins.hookspecs import BACKENDS, ENVIRONMENTS, PROJECT, BackendHooks, EnvironmentHooks
+from rlvr.wording import closest
 
 if TYPE_CHECKING:
     from rlvr.backends.protocol import ModelBackend
@@ -236,11 +236,8 @@ def _load(kind: _Kind, name: str) -> _Plugin:
     found = _discover(kind)
     claims = found.get(name, [])
     if not claims:
-        close = difflib.get_close_matches(name, found, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UnknownPluginError(
-            f"unknown {kind.noun} {name!r}; installed: {', '.join(found) or 'none'}.{hint} {kind.listing}"
-        )
+        installed = f"{', '.join(found) or 'none'}.{closest(name, found)}"
+        raise UnknownPluginError(f"unknown {kind.noun} {name!r}; installed: {installed} {kind.listing}")
     if len(claims) > 1:
         raise _duplicate(kind, name, claims)
     return _import(kind, name, claims[0])
@@ -356,11 +353,8 @@ def _option_problems(name: str, parameters: Mapping[str, inspect.Parameter], opt
     problems = []
     for option in options:
         if option not in named and not _takes_anything(parameters):
-            close = difflib.get_close_matches(option, named, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            problems.append(
-                f"environment {name!r} has no option {option!r}; it takes: {', '.join(named) or 'none'}.{hint}"
-            )
+            allowed = f"{', '.join(named) or 'none'}.{closest(option, named)}"
+            problems.append(f"environment {name!r} has no option {option!r}; it takes: {allowed}")
     for option in named:
         if parameters[option].default is inspect.Parameter.empty and option not in options:
             problems.append(f"environment {name!r} needs the option {option!r}.")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend
-from rlvr.config import LOADING, TrainSettings, closest, settings_from
+from rlvr.config import LOADING, TrainSettings, settings_from
 from rlvr.environments.base import Environment, Rows
 from rlvr.errors import ConfigError, DataError, ModelError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import LocalPlayer
 from rlvr.rollout.tool_calls import ToolCallParser
+from rlvr.wording import closest
 
 BATCH_SIZE = 64
 
