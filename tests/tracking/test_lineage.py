@@ -10,7 +10,7 @@ from short_runs import SMALL, environment
 import rlvr
 from rlvr.testing.tiny import save_tiny
 from rlvr.tracking.adapter_hash import hash_of
-from rlvr.tracking.lineage import base_record, changed_files, file_hashes
+from rlvr.tracking.lineage import base_difference, base_record, changed_files, file_hashes
 from rlvr.tracking.run_folder import RunFolder
 
 BACKENDS = [pytest.param("hf", marks=pytest.mark.both), pytest.param("unsloth", marks=pytest.mark.unsloth)]
@@ -223,6 +223,37 @@ def test_a_base_model_of_the_hub_is_known_by_its_commit(tmp_path, monkeypatch):
     assert base_record("org/name", None)["commit"] == "a" * 40
     assert base_record("org/other", None)["commit"] is None
     assert base_record("not/a/repository", None)["commit"] is None
+
+
+@pytest.mark.both
+def test_an_adapter_that_is_evaluated_on_another_base_is_told(run, tmp_path, caplog):
+    base = rlvr.lineage(run).links[0].name
+    copy = shutil.copytree(base, tmp_path / "copy")
+    for adapter in (run, run / "adapter", run / "checkpoints" / "checkpoint-2"):
+        caplog.clear()
+        rlvr.evaluate(environment(), str(copy), adapter=adapter, limit=1, max_tokens=2)
+        assert not [record for record in caplog.records if "was not trained on" in record.getMessage()]
+        other = save_tiny(tmp_path / "other", initializer_range=0.2, seed=1)
+        rlvr.evaluate(environment(), str(other), adapter=adapter, limit=1, max_tokens=2)
+        (said,) = (record.getMessage() for record in caplog.records if "was not trained on" in record.getMessage())
+        assert f"was not trained on '{other}' as it is here (other files, or missing: model.safetensors)" in said
+
+
+@pytest.mark.parametrize(
+    ("model", "revision", "expected"),
+    [
+        ("org/name", "main", None),
+        ("org/name", "v2", f"commit {'b' * 40} instead of {'a' * 40}"),
+        ("org/name", "v3", None),  # not here: nothing is known of it
+        ("org/other", None, "that is 'org/name'"),
+        (".", None, None),  # a folder may hold the same
+    ],
+)
+def test_another_base_of_the_hub_is_known_by_name_and_commit(monkeypatch, model, revision, expected):
+    commits = {"main": "a" * 40, "v2": "b" * 40}
+    monkeypatch.setattr("rlvr.tracking.lineage.cached_commit", lambda model, revision: commits.get(revision))
+    record = {"model": "org/name", "revision": "main", "commit": "a" * 40, "files": None}
+    assert base_difference(record, model, revision) == expected
 
 
 @pytest.mark.both

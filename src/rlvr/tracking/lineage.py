@@ -182,6 +182,22 @@ def check_base_commit(record: Mapping[str, Any] | None, revision: str | None) ->
         )
 
 
+def base_difference(record: Mapping[str, Any], model: str, revision: str | None) -> str | None:
+    """What tells that a model is not the base of a record, which is as `recorded_base` gives it; None if nothing does,
+    as where one is a folder and the other a model of the Hub."""
+    is_local = Path(model).expanduser().exists()
+    if is_local != (record["files"] is not None):
+        return None
+    if is_local:
+        _, changed = folder_state(_folder(model), record)
+        return f"other files, or missing: {', '.join(changed)}" if changed else None
+    if model != record["model"]:
+        return f"that is {record['model']!r}"
+    now = cached_commit(model, revision)
+    other = record["commit"] is not None and now not in (None, record["commit"])
+    return f"commit {now} instead of {record['commit']}" if other else None
+
+
 def exact_revision(record: Mapping[str, Any] | None) -> str | None:
     """With which the base of a record is loaded again: its commit where it is known."""
     return (record["commit"] or record["revision"]) if record is not None else None

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rlvr.backends.protocol import LoadedPolicy, ModelBackend
+from rlvr.backends.protocol import LoadedPolicy, ModelBackend, ModelSettings
 from rlvr.config import LOADING, TrainSettings, settings_from
 from rlvr.environments.base import Environment, Rows
 from rlvr.errors import ConfigError, DataError, ModelError
@@ -207,8 +207,24 @@ def load_for_inference(settings: TrainSettings, backend: ModelBackend, adapter: 
 
     model_settings = settings.model_settings()
     if adapter is not None:
+        _say_other_base(adapter, model_settings)
         return backend.load_saved(adapter, model_settings)
     return load_policy(backend=backend, lora=None, **asdict(model_settings))
+
+
+def _say_other_base(adapter: Path, settings: ModelSettings) -> None:
+    """An adapter of a run, on its way to a model that the run did not train on, is worth a word."""
+    from rlvr.tracking.lineage import ORIGIN, base_difference, recorded_base
+    from rlvr.tracking.run_folder import RunFolder
+
+    run = next((folder for folder in adapter.resolve().parents[:2] if (folder / ORIGIN).is_file()), None)
+    record = recorded_base(RunFolder(run)) if run is not None else None
+    found = base_difference(record, settings.model, settings.revision) if record is not None else None
+    if found is not None:
+        logger.warning(
+            "the adapter %s was not trained on %r as it is here (%s): what it does here is not what the run trained.",
+            *(adapter, settings.model, found),
+        )
 
 
 def backend_name(backend: ModelBackend) -> str:
