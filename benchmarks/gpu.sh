@@ -27,7 +27,7 @@ peers() {
 }
 
 overhead() { # of many short steps, and of a few long ones
-  against_unsloth --prompt-tokens 64 --completion-tokens 8 --turns 40
+  against_unsloth --prompt-tokens 64 --completion-tokens 8 --turns 30
   against_unsloth --turns 3
 }
 

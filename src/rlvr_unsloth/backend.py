@@ -47,6 +47,7 @@ from rlvr.backends.protocol import (  # noqa: E402
     check_settings,
 )
 from rlvr.errors import AdapterError, ModelError, UnsupportedSettingError  # noqa: E402
+from rlvr_unsloth.sixteen_bits import round_to_16_bits  # noqa: E402
 
 ALPHA_MULTIPLIER = 2  # Unsloth recommends an alpha of twice the rank
 MAX_LORA_RANK = 64  # vLLM reserves room for adapters of this rank when the model is loaded
@@ -188,6 +189,8 @@ class UnslothBackend:
                 )
             except NotImplementedError as error:
                 raise UnsupportedSettingError(f"Unsloth cannot export {export_format!r} here: {error}") from error
+        stored = _dtype(model)
+        round_to_16_bits(Path(folder), stored if stored in (torch.bfloat16, torch.float16) else torch.bfloat16)
 
     def load_saved(self, folder: Path, settings: ModelSettings, *, trainable: bool = False) -> LoadedPolicy:
         """Loads what `save` wrote: an adapter onto `settings.model`, or a merged model."""

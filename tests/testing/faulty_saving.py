@@ -130,6 +130,14 @@ class MergesTo32Bits(HFBackend):
         return with_weights(policy.model.get_base_model(), merged_state_dict(policy.model), torch.float32)
 
 
+class MergesToTheCheckpointsType(HFBackend):
+    """Of a float32 checkpoint the merged model is in float32."""
+
+    def _merged(self, policy):
+        merged = merged_state_dict(policy.model)
+        return with_weights(policy.model.get_base_model(), merged, policy.model.dtype)
+
+
 def rewrite_config(folder, **values):
     """Writes these into a saved adapter's configuration, if `folder` holds one."""
     path = Path(folder) / "adapter_config.json"
@@ -238,6 +246,7 @@ SAVING_FAULTS = {
     LoadSavedDropsRsLora: "export-adapter",
     ExportsTheBase: "export-merged-16bit",
     MergesTo32Bits: "export-merged-16bit",
+    MergesToTheCheckpointsType: "export-merged-16bit",
     MergesInPlace: "export-merged-16bit",
     MergeLosesRsLora: "export-merged-16bit",
     MergeLosesBias: "export-merged-16bit",

@@ -173,15 +173,16 @@ def _trainable(policy: LoadedPolicy) -> int:
 
 
 def _sixteen_bits(context: Context) -> str:
-    """Of a checkpoint in bfloat16: some backends keep a checkpoint's float32."""
+    """Whatever the checkpoint is in."""
     from rlvr.testing.tiny import save_tiny
 
-    half, folder = save_tiny(context.folder(), dtype=torch.bfloat16), context.folder()
-    policy = context.adapted(model=half, dtype="auto")
-    context.backend.save(policy, folder, "merged-16bit")
-    wide = [*wide_matrices(folder)]
-    expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
-    return "16 bits of bfloat16 stay 16"
+    for dtype in (torch.bfloat16, torch.float32):
+        checkpoint, folder = save_tiny(context.folder(), dtype=dtype), context.folder()
+        policy = context.adapted(model=checkpoint, dtype="auto")
+        context.backend.save(policy, folder, "merged-16bit")
+        wide = [*wide_matrices(folder)]
+        expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
+    return "16 bits, of a checkpoint in bfloat16 and of one in float32"
 
 
 def _files(folder: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from typing import Any, get_args
@@ -222,17 +223,28 @@ def checkpointing(context: Context) -> str:
 
 
 def _kept_for_backward(policy: LoadedPolicy) -> int:
-    """Bytes of the tensors that a forward pass in training keeps, weights included."""
+    """Bytes that a forward pass in training keeps: allocated ones on a GPU, since autograd's hooks do not see what
+    compiled blocks keep; elsewhere those of the tensors that the hooks see, weights included."""
+    ids = tokens(policy).repeat(1, 8)
     sizes = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         sizes.append(tensor.nbytes)
         return tensor
 
-    ids = tokens(policy)
-    with torch.random.fork_rng(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        policy.model(input_ids=ids, labels=ids)
-    return sum(sizes)
+    with torch.random.fork_rng():
+        if not ids.is_cuda:
+            with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+                policy.model(input_ids=ids, labels=ids)
+            return sum(sizes)
+        policy.model(input_ids=ids, labels=ids).loss.backward()  # what the first pass compiles and caches stays
+        policy.model.zero_grad(set_to_none=True)
+        gc.collect()
+        before = torch.cuda.memory_allocated(ids.device)
+        kept = policy.model(input_ids=ids, labels=ids)
+        allocated = torch.cuda.memory_allocated(ids.device) - before
+        del kept
+    return allocated
 
 
 def fast_inference(context: Context) -> str:
