@@ -1,5 +1,6 @@
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import yaml
 
@@ -93,6 +94,11 @@ def test_all_problems_come_at_once():
             {"vllm_server": "http://a:1", "rollout_engine": "vllm", "fast_inference": "on"},
             "fast_inference is 'on', which is another vLLM; leave one out.",
         ),
+        (
+            {"vllm_server": "http://me:hush@a:1", "rollout_engine": "vllm"},
+            "vllm_server has a user or a password in it, which TRL would store with its arguments",
+        ),
+        ({"temperature": 10**400}, "it must be a number."),
         ({"seed": 2**32}, "seed is 4294967296; it must be at least 0 and at most 4294967295."),
         ({"report_to": "auto,wandb"}, "report_to is 'auto,wandb'; allowed: auto, none"),
     ],
@@ -112,6 +118,7 @@ def test_values_are_read_as_yaml_and_paths_write_them(tmp_path):
         lora_target_modules=["q_proj", "v_proj"],
     )
     assert settings.learning_rate == 1e-5
+    assert type(TrainSettings(learning_rate=np.float32(0.5)).learning_rate) is float
     assert settings.num_epochs == 2.0
     assert settings.batch_size == 8
     assert settings.output_dir == str(tmp_path)

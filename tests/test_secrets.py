@@ -7,11 +7,13 @@ SECRET = (
     *("OPENAI_API_KEY", "access_key", "accessKey", "access_key_id", "aws_secret_access_key", "private_key"),
     *("token", "hf_token", "accessToken", "authtoken", "secret", "clientSecret", "password", "db_password", "passwd"),
     *("passphrase", "pwd", "credential", "credentials", "auth", "Authorization", "cookie"),
+    *("access_tokens", "auth_tokens", "api_tokens", "hf_tokens", "api_key_2", "password1", "private_key_pem", "jwt"),
     *("answer_key",),  # by its name it cannot be told from a key: given again rather than stored
 )
 HARMLESS = (
     *("max_tokens", "tokens", "token_budget", "tokenizer", "keyword", "keywords", "monkey", "key_column", "keys"),
     *("author", "api_key_variable", "secretary", "passes", "turkey", "levels", "seed", "answer_column"),
+    *("stop_tokens", "key_2_column", "author2"),
 )
 
 

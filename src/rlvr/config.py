@@ -17,6 +17,7 @@ from rlvr.backends.protocol import CHOICES, LoraSettings, ModelSettings
 from rlvr.batches import USUAL_BATCH_SIZE, BatchPlan, batch_plan, shared_batch_size
 from rlvr.errors import ConfigError
 from rlvr.options import checked, option, value_type
+from rlvr.secrets import without_logins
 from rlvr.wording import closest
 
 TASK = "Task and model"
@@ -90,7 +91,8 @@ class TrainSettings:
     )
     canary_every: int = option(
         0,
-        "steps between checks that the sampler follows the policy; 0: after 0, 10, 100, ... steps",
+        "steps between checks that the sampler follows the policy; 0: after 0, 10, 100, ... steps and at the last "
+        "rollout",
         ROLLOUTS,
         least=0,
     )
@@ -228,9 +230,14 @@ class TrainSettings:
     def _vllm_server_problems(self) -> list[str]:
         if self.vllm_server is None:
             return []
-        problems, given = [], f"vllm_server is {self.vllm_server!r}"
+        problems, given = [], f"vllm_server is {without_logins(self.vllm_server)!r}"
         if not self.vllm_server.startswith(("http://", "https://")):
             problems.append(f"{given}; it must be an address such as http://localhost:8000.")
+        if without_logins(self.vllm_server) != self.vllm_server:
+            problems.append(
+                "vllm_server has a user or a password in it, which TRL would store with its arguments and give to "
+                "trackers. Use an address without."
+            )
         if self.rollout_engine != "vllm":
             problems.append(f"{given} and rollout_engine is {self.rollout_engine!r}; use --rollout-engine vllm.")
         if self.gpu_memory_utilization is not None:

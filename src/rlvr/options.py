@@ -92,10 +92,10 @@ def _within(value: float, words: str, limit: float) -> bool:
 
 def _converted(value: Any, kind: Any) -> Any:
     """Numbers as YAML 1.1 and NumPy write them (`1e-5` is text to YAML), paths and lists of names as text."""
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    if kind is float and not isinstance(value, bool) and (isinstance(value, str) or hasattr(value, "__float__")):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, TypeError, OverflowError):
             return value
     if kind is int and not isinstance(value, (bool, str)):
         return int(value) if isinstance(value, float) and value.is_integer() else _as_int(value)

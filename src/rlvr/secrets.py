@@ -10,8 +10,9 @@ NOT_KEPT = "(not kept)"
 
 _WORD_STARTS = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])|[-. ]")  # judgeApiKey, x-api-key
 _SECRET = re.compile(
-    r"(^|_)((api|access|auth|secret|private)?(key|token)|(api|access|secret|private)_?keys|access_key_id|secrets?"
-    r"|password|passwords|passwd|passphrase|passcode|pwd|credentials?|auth|authorization|bearer|cookies?)$",
+    r"(^|_)((api|access|auth|secret|private)?(key|token)|(api|access|auth|secret|private|bearer|hf)_?(keys|tokens)"
+    r"|access_key_id|private_key_pem|secrets?|password|passwords|passwd|passphrase|passcode|pwd|credentials?|auth"
+    r"|authorization|bearer|jwt|cookies?)(_?\d+)?$",
     re.IGNORECASE,
 )
 _LOGIN = re.compile(r"(?<=://)[^/?#\s]+(?=@)")  # http://user:password@host; RFC 3986, 3.2.1
@@ -29,7 +30,7 @@ def is_secret(name: str) -> bool:
 def without_secrets(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with `NOT_KEPT` for secrets: options of the environment that are ones by name, however deep
     they are, and the user and password of every address."""
-    shown = {name: _without_logins(value) for name, value in config.items()}
+    shown = {name: without_logins(value) for name, value in config.items()}
     return {**shown, "env_options": _hidden(config.get("env_options") or {})}
 
 
@@ -44,10 +45,11 @@ def _hidden(value: Any) -> Any:
             name: NOT_KEPT if item is not None and is_secret(str(name)) else _hidden(item)
             for name, item in value.items()
         }
-    return [_hidden(item) for item in value] if isinstance(value, (list, tuple)) else _without_logins(value)
+    return [_hidden(item) for item in value] if isinstance(value, (list, tuple)) else without_logins(value)
 
 
-def _without_logins(value: Any) -> Any:
+def without_logins(value: Any) -> Any:
+    """With `NOT_KEPT` for the user and password of every address in a text."""
     return _LOGIN.sub(NOT_KEPT, value) if isinstance(value, str) else value
 
 

@@ -15,27 +15,30 @@ _WIDE = ("F32", "F64")  # as safetensors names them
 
 
 def round_to_16_bits(folder: Path, dtype: torch.dtype) -> None:
-    """Rewrites a merged model whose matrices are wider than 16 bits, with every floating-point tensor in `dtype`. One
-    that has 16-bit matrices stays as it is, with the few tensors that its model wants in float32."""
+    """Rewrites a merged model that has matrices wider than 16 bits, with those in `dtype`; where all are, vectors too.
+    Beside 16-bit matrices the vectors stay, since some models want them in float32."""
     shards = sorted(folder.glob("*.safetensors"))
-    if not any(map(_has_wide_matrices, shards)):
+    wide = [is_wide for shard in shards for is_wide in _wide_matrices(shard)]
+    if not any(wide):
         return
-    total = 0
+    total, least = 0, 1 if all(wide) else 2  # dimensions of what is rounded
     for shard in shards:
         tensors = load_file(shard)
-        rounded = {
-            name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
-        }
-        save_file(rounded, shard, metadata={"format": "pt"})
-        total += sum(tensor.nbytes for tensor in rounded.values())
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dim() >= least:
+                tensors[name] = tensor.to(dtype)
+        save_file(tensors, shard, metadata={"format": "pt"})
+        total += sum(tensor.nbytes for tensor in tensors.values())
     _edit(folder / "config.json", lambda config: config.update(_named(config, dtype)))
     _edit(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=total))
 
 
-def _has_wide_matrices(path: Path) -> bool:
+def _wide_matrices(path: Path) -> list[bool]:
+    """Of each matrix of floating-point numbers in the file."""
     with safe_open(path, framework="pt") as file:
         slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it is no dictionary)
-    return any(part.get_dtype() in _WIDE and len(part.get_shape()) > 1 for part in slices)
+    dtypes = [part.get_dtype() for part in slices if len(part.get_shape()) > 1]
+    return [dtype in _WIDE for dtype in dtypes if dtype.startswith(("F", "BF"))]
 
 
 def _named(config: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:

@@ -56,6 +56,14 @@ def test_float32_vectors_of_a_16_bit_model_stay(tmp_path):
     assert all(path.read_bytes() == (copy / path.name).read_bytes() for path in folder.iterdir())
 
 
+def test_a_single_wide_matrix_takes_no_vector_with_it(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_file({"half": torch.randn(4, 4).half(), "wide": torch.randn(4, 4), "norm": torch.randn(4)}, file)
+    round_to_16_bits(tmp_path, torch.bfloat16)
+    found = {name: tensor.dtype for name, tensor in load_file(file).items()}
+    assert found == {"half": torch.bfloat16, "wide": torch.bfloat16, "norm": torch.float32}
+
+
 def test_whole_numbers_stay(tmp_path):
     save_file({"weight": torch.randn(4, 4), "steps": torch.arange(4)}, tmp_path / "model.safetensors")
     round_to_16_bits(tmp_path, torch.bfloat16)

@@ -159,7 +159,10 @@ def test_prompts_are_shared_where_unsloths_own_trainer_shares_them(folder, tmp_p
     settings = {**SMALL, **common, "prompts_per_step": 1, "eval_samples": 0, "kl_beta": 0.1}
     ours = Forwards()
     with batches_kept() as batches:
-        rlvr.train(env, policy(), "unsloth", **settings, output_dir=tmp_path / "run", callbacks=[ours])
+        rlvr.train(
+            env, policy(), "unsloth", **settings, output_dir=tmp_path / "run", callbacks=[ours],
+            canary_every=100,  # its forwards come before all others then
+        )  # fmt: skip
     unsloths = train_by_script(batches)
     monkeypatch.setattr(prefix_grouper, "_ENABLED", False)  # as UNSLOTH_GRPO_PREFIX_GROUPER=0 sets it
     without = train_by_script(batches)

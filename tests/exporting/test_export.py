@@ -11,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
+from safetensors import SafetensorError
 from short_runs import SMALL, environment
 from transformers import AutoModelForCausalLM
 
@@ -171,11 +172,17 @@ class WritesAnotherEos(HFBackend):
 
 
 class FailsMidway(HFBackend):
-    error = OSError(28, "No space left on device")
+    error: Exception = OSError(28, "No space left on device")
 
     def save(self, policy, folder, export_format="adapter"):
         super().save(policy, folder, export_format)
         raise self.error
+
+
+class DiskIsFull(FailsMidway):
+    """As safetensors says it, whose error is no OSError."""
+
+    error = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
 class IsInterrupted(FailsMidway):
@@ -203,6 +210,7 @@ class IsInterrupted(FailsMidway):
         (WritesAnotherTemplate(), "adapter", ExportError, "chat template is another than the trained policy's"),
         (WritesAnotherEos(), "merged-16bit", ExportError, r"ends a turn with '<\|endoftext\|>', and the trained"),
         (FailsMidway(), "merged-16bit", ExportError, "the export cannot be written: .*No space left"),
+        (DiskIsFull(), "merged-16bit", ExportError, "the export cannot be written: .*No space left"),
         (IsInterrupted(), "adapter", KeyboardInterrupt, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, HFBackend) else "",

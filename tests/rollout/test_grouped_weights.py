@@ -1,6 +1,7 @@
 """Merging LoRA for a rollout: what is computed, and that everything is bit for bit as it was afterwards."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -155,6 +156,38 @@ def test_an_exception_leaves_model_and_engine_as_they_were():
         assert len(session.step()) == 1
 
 
+def test_an_interrupt_while_weights_are_put_back_leaves_none_behind(monkeypatch):
+    """Each interrupt of a rollout's end at another line of what puts back."""
+    model = adapted()
+    before, modules = state(model), list(model.named_modules())
+    interrupted = 0
+    for line in range(60):
+        seen = 0
+
+        def trace(frame, event, _, line=line):
+            nonlocal seen, interrupted
+            if frame.f_code.co_name == "_put_back" and event == "line":
+                seen += 1
+                if seen == line + 1:
+                    interrupted += 1
+                    raise KeyboardInterrupt
+            return trace
+
+        def roll_out(trace=trace):
+            with merged_lora(list(causal_lm(model).modules())):
+                sys.settrace(trace)
+
+        try:
+            roll_out()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert same_state(model, before)
+        assert list(model.named_modules()) == modules
+    assert interrupted > 20
+
+
 def test_a_disabled_or_second_adapter_is_followed():
     model = adapted()
     base = tiny_model()
@@ -181,16 +214,17 @@ def test_tied_or_quantized_weights_stay_apart():
         assert causal_lm(model).model.layers[1].self_attn.q_proj is not layer
 
 
-@pytest.mark.parametrize("touched", ["layer", "part", "forward"])
+@pytest.mark.parametrize("touched", ["layer", "part", "base", "forward", "base-forward"])
 def test_a_layer_with_a_hook_or_another_forward_stays_apart(touched):
     model = adapted()
     plain = complete(model)
     layer = causal_lm(model).model.layers[0].mlp.up_proj
-    own = layer.forward
-    if touched == "forward":
-        layer.forward = lambda x: 3 * own(x)
+    targets = {"part": layer.lora_B["default"], "base": layer.base_layer, "base-forward": layer.base_layer}
+    target = targets.get(touched, layer)
+    own = target.forward
+    if touched.endswith("forward"):
+        target.forward = lambda x: 3 * own(x)
     else:
-        target = layer if touched == "layer" else layer.lora_B["default"]
         target.register_forward_hook(lambda module, inputs, output: 30 * output)
     assert complete(model) == generated(model) != plain
     with merged_lora(list(causal_lm(model).modules())):

@@ -8,10 +8,13 @@ from safetensors.torch import load_file, save_file
 from short_runs import SMALL, environment
 
 import rlvr
+from rlvr.config import TrainSettings
+from rlvr.errors import RunFolderError
 from rlvr.testing.tiny import save_tiny
 from rlvr.tracking.adapter_hash import hash_of
 from rlvr.tracking.lineage import base_difference, base_record, changed_files, file_hashes
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers.players import load_for_inference
 
 BACKENDS = [pytest.param("hf", marks=pytest.mark.both), pytest.param("unsloth", marks=pytest.mark.unsloth)]
 
@@ -103,6 +106,19 @@ def test_another_alpha_in_a_checkpoint_is_found(run):
 
 
 @pytest.mark.both
+def test_a_checkpoint_that_was_changed_is_not_resumed_from(run):
+    checkpoint = run / "checkpoints" / "checkpoint-4"
+    file = checkpoint / "adapter_model.safetensors"
+    tensors = load_file(file)
+    save_file({name: 2 * value for name, value in tensors.items()}, file)
+    with pytest.raises(
+        RunFolderError, match=r"no longer the one that the run saved; .*: adapter_model\.safetensors\."
+    ):
+        rlvr.train(environment(), resume_from_checkpoint=str(checkpoint), output_dir=run, max_steps=5)
+    assert not (run / "origin.resumed-2.json").exists()
+
+
+@pytest.mark.both
 def test_an_adapter_that_was_exchanged_together_with_its_record_is_found(run):
     shutil.rmtree(run / "adapter")
     shutil.copytree(run / "checkpoints" / "checkpoint-1", run / "adapter")
@@ -125,7 +141,8 @@ def test_a_damaged_record_is_a_change_and_a_missing_one_is_said(run):
 def test_an_adapter_beside_a_merged_model_is_a_change(run):
     folder = rlvr.export(run, "merged-16bit").folder
     (folder / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
-    (folder / "notes.md").write_text("mine")
+    for name in ("notes.md", "notes.txt", "eval_results.json"):  # nothing that is loaded
+        (folder / name).write_text("{}")
     assert rlvr.lineage(run).ok
     shutil.copy(run / "adapter" / "adapter_config.json", folder)
     assert rlvr.lineage(run).links[-1].changed == ("adapter_config.json (added)",)
@@ -237,6 +254,30 @@ def test_an_adapter_that_is_evaluated_on_another_base_is_told(run, tmp_path, cap
         rlvr.evaluate(environment(), str(other), adapter=adapter, limit=1, max_tokens=2)
         (said,) = (record.getMessage() for record in caplog.records if "was not trained on" in record.getMessage())
         assert f"was not trained on '{other}' as it is here (other files, or missing: model.safetensors)" in said
+
+
+def test_a_base_that_moved_on_the_hub_while_the_adapter_was_loaded_is_told(run, monkeypatch, caplog):
+    """Loading a branch is what fetches where it is now."""
+    record = {"model": "org/name", "revision": None, "commit": "a" * 40, "files": None}
+    here = {"commit": None}
+    monkeypatch.setattr("rlvr.tracking.lineage.recorded_base", lambda run: record)
+    monkeypatch.setattr("rlvr.tracking.lineage.cached_commit", lambda model, revision: here["commit"])
+
+    class Backend:
+        def load_saved(self, folder, settings):
+            here["commit"] = "b" * 40
+            return "policy"
+
+    settings = TrainSettings(model="org/name")
+    assert load_for_inference(settings, Backend(), run / "adapter") == "policy"
+    assert f"was not trained on 'org/name' as it is here (commit {'b' * 40} instead of {'a' * 40})" in caplog.text
+
+
+def test_a_damaged_record_of_the_base_keeps_no_adapter_from_being_evaluated(run):
+    base = rlvr.lineage(run).links[0].name
+    (run / "origin.json").write_text("{}")
+    found = rlvr.evaluate(environment(), base, adapter=run, limit=1, max_tokens=2)
+    assert len(found.trajectories) == 1
 
 
 @pytest.mark.parametrize(

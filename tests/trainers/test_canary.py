@@ -26,9 +26,20 @@ def test_columns_of_unsloths_trainer_are_found():
     assert _completions_of(as_trl, mask, 2) is as_trl
 
 
-@pytest.mark.parametrize(("on_unsloths", "compared"), [(True, [[1, 5, 6, 7]]), (False, [[1, 5, 6, 7], [1, 5, 0, 6]])])
-def test_rows_that_unsloths_trainer_would_misread_are_left_out(on_unsloths, compared):
-    """Token 0, of padding, was sampled: there it counts as padding wherever it is."""
+LAST = ([1], [5, 6, 0])  # (prompt, completion): token 0, of padding, at the end
+AMONG, IN_PROMPT = ([1], [5, 0, 6]), ([0, 1], [5, 6, 7])  # and where Unsloth's trainer misreads it
+
+
+@pytest.mark.parametrize(
+    ("on_unsloths", "rows", "compared"),
+    [
+        (True, [LAST, AMONG], [[1, 5, 6, 0]]),
+        (True, [LAST, IN_PROMPT], [[1, 5, 6, 0]]),
+        (True, [AMONG, IN_PROMPT], []),
+        (False, [LAST, AMONG], [[1, 5, 6, 0], [1, 5, 0, 6]]),
+    ],
+)
+def test_rows_that_unsloths_trainer_would_misread_are_left_out(on_unsloths, rows, compared):
     seen = []
 
     def training_forward(model, ids, mask, columns):
@@ -44,9 +55,10 @@ def test_rows_that_unsloths_trainer_would_misread_are_left_out(on_unsloths, comp
         _on_unsloth_trainer=on_unsloths,
         _get_per_token_logps_and_entropies=training_forward,
     )
-    completions = [[5, 6, 7], [5, 0, 6]]
-    drift = check_sampler(trainer, [[1], [1]], completions, [[1] * 3] * 2, [[-1.0] * 3] * 2)
-    assert (seen, drift.tokens) == (compared, 3 * len(compared))
+    prompts, completions = map(list, zip(*rows, strict=True))
+    drift = check_sampler(trainer, prompts, completions, [[1] * 3] * 2, [[-1.0] * 3] * 2)
+    assert seen == compared
+    assert (drift and drift.tokens) == (3 * len(compared) or None)
 
 
 @pytest.mark.parametrize(
@@ -215,11 +227,53 @@ def test_what_cannot_be_checked_is_said_once(tmp_path, caplog):
     assert caplog.text.count("is not checked: repetition_penalty and generation_kwargs") == 1
 
 
-@pytest.mark.parametrize(("every", "steps"), [(0, [0, 10]), (5, [0, 5, 10])])
-def test_when_it_looks(tmp_path, every, steps):
-    trainer = trainer_of(tmp_path, canary_every=every, steps=12, config={"max_completion_length": 4})
+@pytest.mark.parametrize(
+    ("option", "value", "unchecked"),
+    [
+        ("no_repeat_ngram_size", 1, True),
+        ("typical_p", 0.5, True),
+        ("num_beams", 2, True),
+        ("min_p", 0.2, False),
+    ],
+)
+def test_what_the_models_generation_config_changes_stops_no_run(tmp_path, caplog, option, value, unchecked):
+    model = policy()
+    setattr(model.generation_config, option, value)
+    trainer = trainer_of(tmp_path, model=model, rollout_engine="generate")
+    trainer.train()
+    assert checked_at(trainer) == ([] if unchecked else [0])
+    line = f"is not checked: the model's generation config changes what is sampled ({option})"
+    assert (line in caplog.text) is unchecked
+
+
+@pytest.mark.parametrize("asked", ["auto", "generate"])
+def test_top_k_that_is_left_to_generate_is_its_own(tmp_path, caplog, asked):
+    """transformers takes the 50 likeliest then, which the grouped engine would not."""
+    trainer = trainer_of(tmp_path, rollout_engine=asked, config={"top_k": None})
+    trainer.train()
+    assert (trainer.engine.name, checked_at(trainer)) == ("generate", [0])
+    assert ("top_k is None, which leaves it to transformers' generate" in caplog.text) is (asked == "auto")
+
+
+@pytest.mark.parametrize(("every", "iterations", "steps"), [(0, 1, [0, 10, 11]), (5, 1, [0, 5, 10]), (0, 3, [0, 9])])
+def test_when_it_looks(tmp_path, every, iterations, steps):
+    config = {"max_completion_length": 4, "num_iterations": iterations}
+    trainer = trainer_of(tmp_path, canary_every=every, steps=12, config=config)
     trainer.train()
     assert checked_at(trainer) == steps
+
+
+def test_what_a_rollout_func_gives_is_read_only_when_it_is_looked_at(tmp_path, monkeypatch):
+    looked = []
+    trainer = trainer_of(
+        tmp_path, steps=3, rollout_func=lambda prompts, _: {
+            "prompt_ids": [[3, 4]] * len(prompts), "completion_ids": [[5, 6]] * len(prompts), "logprobs": None,
+        },
+    )  # fmt: skip
+    monkeypatch.setattr(trainer, "_check_sampler", lambda *_, **__: looked.append(trainer.state.global_step))
+    trainer._canary_due = 1
+    trainer.train()
+    assert looked == [1, 2]
 
 
 def test_a_negative_number_of_steps_is_refused(tmp_path):
@@ -235,6 +289,19 @@ def test_an_adapter_that_never_reaches_the_sampler_stops_the_run(tmp_path, monke
     with pytest.raises(SamplerDriftError, match="'grouped' does not sample from the policy"):
         trainer.train()
     assert trainer.state.global_step == 10
+
+
+def test_a_tokenizer_with_several_chat_templates_plays_an_environment(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": tokenizer.chat_template}
+    env = rlvr.Environment(
+        name="e",
+        train_dataset=[{"question": "a"}] * 2,
+        rubric=rlvr.Rubric(lambda trajectory: float(len(trajectory.text))),
+    )
+    trainer = trainer_of(tmp_path, env=env, processing_class=tokenizer)
+    trainer.train()
+    assert checked_at(trainer) == [0]
 
 
 # A processor in the place of the tokenizer.

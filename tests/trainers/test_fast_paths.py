@@ -385,8 +385,8 @@ def test_fused_layers_train_the_same_and_stay_out_of_everything_else(tmp_path, t
     assert not any(fused_calls.values())
     fused = train(True)
     assert all(fused_calls.values())
-    # the canary, and in each of 3 steps the reference and 3 micro-batches, which checkpointing computes twice
-    forwards, groups_of_layers = 1 + 3 * (1 + 3), 2 * 4
+    # the canary twice, and in each of 3 steps the reference and 3 micro-batches, which checkpointing computes twice
+    forwards, groups_of_layers = 2 + 3 * (1 + 3), 2 * 4
     assert len(found) == forwards * groups_of_layers
     assert logged(fused, "loss") == pytest.approx(logged(plain, "loss"), rel=1e-4, abs=2e-6)
     for mine, other in zip(trained(fused), trained(plain), strict=True):

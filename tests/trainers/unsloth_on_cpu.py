@@ -246,6 +246,7 @@ def train_with_long_prompts(prompts):
             ),
             args=arguments(),
             callbacks=[ours],
+            canary_every=100,  # its forwards come before all others then
         ).train()
     unsloths = train_by_unsloth(with_shared_prompts(), tokenizer, batches, arguments())
     with patch("unsloth.utils.prefix_grouper._ENABLED", False):  # as UNSLOTH_GRPO_PREFIX_GROUPER=0 sets it

@@ -110,6 +110,8 @@ def _written_and_compared(
     source: Source, backend: ModelBackend, writer: Writer, export_format: ExportFormat, staging: Path
 ) -> Parity:
     """One model at a time: the trained policy, its base, the export."""
+    from safetensors import SafetensorError  # of a full disk, too
+
     logger.info("loading the trained policy from %s", source.folder)
     policy = _trained(source, backend)
     expected = _expected(source, backend, policy)
@@ -117,7 +119,7 @@ def _written_and_compared(
     logger.info("writing %s", export_format)
     try:
         writer.write(policy, staging)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise ExportError(f"the export cannot be written: {error}.") from error
     tokenizer = policy.tokenizer
     del policy

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,12 @@ from rlvr.tracking.run_folder import SUMMARY, RunFolder
 RECORD = "lineage.json"
 ORIGIN = "origin.json"
 _SUFFIXES = (".safetensors", ".bin", ".gguf", ".json", ".jinja", ".model", ".txt")
+_LOADED = re.compile(  # by name, where a folder is loaded
+    r"\.(safetensors|bin|jinja|model)$|config\.json$|token|vocab|merges|chat_template", re.IGNORECASE
+)
 _OTHERS = (RECORD, "trainer_state.json", "training_args.bin")  # of a checkpoint, and no part of the policy
+
+_GONE = "it is gone, if its path is not one from another working directory"
 
 State = Literal["ok", "changed", "damaged", "gone", "not recorded"]
 
@@ -155,7 +161,7 @@ def check_base_files(record: Mapping[str, Any] | None) -> None:
         found = f"it was loaded from the Hub, commit {record['commit']}, and is a local folder now" if replaced else ""
     else:
         state, changed = folder_state(_folder(model), record)
-        found = "it is gone" if state == "gone" else f"changed or missing: {', '.join(changed)}" if changed else ""
+        found = _GONE if state == "gone" else f"changed or missing: {', '.join(changed)}" if changed else ""
     if found:
         raise ModelError(
             f"the base model {model!r} is no longer the one that the run was trained on: {found}. What was trained "
@@ -242,8 +248,8 @@ def changed_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
 
 def added_files(folder: Path, recorded: Mapping[str, str]) -> tuple[str, ...]:
     """The names of files that make a policy and are not among `recorded`: an adapter beside a merged model is loaded
-    with it. GGUF files may be there, `llama-quantize` makes smaller ones."""
-    files = sorted(path for path in folder.rglob("*") if _makes_a_policy(path) and path.suffix != ".gguf")
+    with it. GGUF files may be there, `llama-quantize` makes smaller ones; so may notes and results."""
+    files = sorted(path for path in folder.rglob("*") if _makes_a_policy(path) and _LOADED.search(path.name))
     names = (path.relative_to(folder).as_posix() for path in files)
     return tuple(f"{name} (added)" for name in names if name not in recorded)
 

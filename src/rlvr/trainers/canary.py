@@ -78,8 +78,8 @@ def check_sampler(
     logprobs: list[list[float]],
     *,
     sampler: str | None = None,
-) -> Drift:
-    """Recomputes the log-probabilities of the few shortest rollouts.
+) -> Drift | None:
+    """Recomputes the log-probabilities of the few shortest rollouts; None where Unsloth's trainer would misread all.
 
     Args:
         trainer: its policy must not have been trained since the rollout.
@@ -94,8 +94,10 @@ def check_sampler(
 
     padding = trainer._tokenizer.pad_token_id
     rows = [row for row, mask in enumerate(sampled_mask) if any(mask)]
-    if trainer._on_unsloth_trainer:  # takes every token of this id for padding, and its neighbours for others
-        rows = [row for row in rows if padding not in completion_ids[row]] or rows
+    if trainer._on_unsloth_trainer:  # takes every token of this id for padding, which does no harm at the end
+        rows = [row for row in rows if padding not in (*prompt_ids[row], *completion_ids[row][:-1])]
+        if not rows:
+            return None
     rows = sorted(rows, key=lambda row: len(prompt_ids[row]) + len(completion_ids[row]))[:4]  # it should cost little
     prompt_ids, completion_ids = [prompt_ids[row] for row in rows], [completion_ids[row] for row in rows]
     sampled_mask, logprobs = [sampled_mask[row] for row in rows], [logprobs[row] for row in rows]
@@ -156,7 +158,7 @@ def check_samples(
     *,
     truncated: bool = False,
     sampler: str | None = None,
-) -> Drift:
+) -> Drift | None:
     """Whether tokens are samples of the policy, where their log-probabilities are not known.
 
     transformers' `generate` is made to write them again. Its log-probabilities are compared with the training
@@ -172,7 +174,7 @@ def check_samples(
         sampler: what sampled; by default the trainer's engine.
 
     Returns:
-        `generate` against the training forward.
+        `generate` against the training forward, as from `check_sampler`.
 
     Raises:
         SamplerDriftError: the tokens are not the policy's, or `generate` is not the training forward.
@@ -236,8 +238,9 @@ def _write_again(trainer: RolloutMixin, prompt_ids: list[list[int]], token_ids: 
     forced = [row + [padding] * (after - len(row)) for row in token_ids]
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model, torch.no_grad():
         output = model.generate(
-            input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=after, temperature=None, top_p=None,
-            top_k=None, pad_token_id=padding, output_logits=True, return_dict_in_generate=True,
+            input_ids=ids, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=after,
+            temperature=None, top_p=None, top_k=None, pad_token_id=padding, output_logits=True,
+            return_dict_in_generate=True,
             prefix_allowed_tokens_fn=lambda row, so_far: [forced[row][len(so_far) - before]],
         )  # fmt: skip
     chosen = torch.tensor(forced, device=device)

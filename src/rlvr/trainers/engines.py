@@ -123,6 +123,8 @@ def grouped_problem(trainer: RolloutMixin) -> str | None:
     model = _unwrapped(trainer)
     if (problem := GroupedEngine.unsupported(model, sampling_settings(args))) is not None:
         return problem
+    if args.top_k is None:
+        return "top_k is None, which leaves it to transformers' generate: the 50 likeliest by default; 0 is off"
     if own := generate_options(model.generation_config, given=trainer.generation_config):
         return f"the model's generation config sets {', '.join(own)}, which only transformers' generate follows"
     return None

@@ -57,8 +57,8 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             an object with `parse(text) -> (text, calls)`; by default found from the chat template.
         shared_prefix: whether the training forward computes each distinct prompt of a micro-batch once.
         canary_every: optimizer steps between checks that the sampler follows the policy (see `canary.py` for what they
-            can see); 0 for the rollouts after 0, 10, 100, ... steps. An engine that does not is an error; a
-            `rollout_func`, which may sample as it likes, a warning.
+            can see); 0 for the rollouts after 0, 10, 100, ... steps and the last. An engine that does not is an error;
+            a `rollout_func`, which may sample as it likes, a warning.
         trajectory_sinks: called with the records of every generation batch, on the main process.
 
     Raises:

@@ -12,7 +12,7 @@ from typing import Any
 from rlvr.backends.protocol import LoadedPolicy, ModelBackend, ModelSettings
 from rlvr.config import LOADING, TrainSettings, settings_from
 from rlvr.environments.base import Environment, Rows
-from rlvr.errors import ConfigError, DataError, ModelError
+from rlvr.errors import ConfigError, DataError, ModelError, RunFolderError
 from rlvr.rollout.engine import RolloutEngine, SamplingSettings
 from rlvr.rollout.evaluation import LocalPlayer
 from rlvr.rollout.tool_calls import ToolCallParser
@@ -207,8 +207,9 @@ def load_for_inference(settings: TrainSettings, backend: ModelBackend, adapter: 
 
     model_settings = settings.model_settings()
     if adapter is not None:
-        _say_other_base(adapter, model_settings)
-        return backend.load_saved(adapter, model_settings)
+        policy = backend.load_saved(adapter, model_settings)
+        _say_other_base(adapter, model_settings)  # now that it is known which commit a branch of the Hub is
+        return policy
     return load_policy(backend=backend, lora=None, **asdict(model_settings))
 
 
@@ -218,7 +219,10 @@ def _say_other_base(adapter: Path, settings: ModelSettings) -> None:
     from rlvr.tracking.run_folder import RunFolder
 
     run = next((folder for folder in adapter.resolve().parents[:2] if (folder / ORIGIN).is_file()), None)
-    record = recorded_base(RunFolder(run)) if run is not None else None
+    try:
+        record = recorded_base(RunFolder(run)) if run is not None else None
+    except RunFolderError:  # damaged, which is for `rlvr lineage` to say
+        return
     found = base_difference(record, settings.model, settings.revision) if record is not None else None
     if found is not None:
         logger.warning(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlvr.config import LORA, TrainSettings
 from rlvr.errors import ConfigError, RunFolderError
-from rlvr.tracking.lineage import check_base_files, exact_revision, recorded_base
+from rlvr.tracking.lineage import check_base_files, exact_revision, folder_state, read_record, recorded_base
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.wording import counted
 
@@ -25,7 +25,8 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
     Raises:
         ConfigError: they say another environment, model or adapter than the run's own; all differences at once.
         ModelError: the files of the base model are no longer those that the run began with.
-        RunFolderError: the checkpoint is at the end of the run already.
+        RunFolderError: the checkpoint's files are no longer those that the run saved, or it is at the end of the run
+            already.
     """
     assert settings.output_dir is not None
     run = RunFolder(Path(settings.output_dir))
@@ -42,6 +43,12 @@ def check_resumed(settings: TrainSettings, checkpoint: Path) -> None:
     if changed:
         raise ConfigError(changed)
     check_base_files(base)
+    _, replaced = folder_state(checkpoint, read_record(checkpoint))
+    if replaced:
+        raise RunFolderError(
+            f"the checkpoint {str(checkpoint)!r} is no longer the one that the run saved; changed or missing: "
+            f"{', '.join(replaced)}. Bring them back, or resume from another checkpoint."
+        )
     state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     end = settings.max_steps
     if end is None and settings.num_epochs == before.get("num_epochs"):

@@ -53,11 +53,12 @@ class RolloutMixin(_Base):
         if canary_every < 0:
             raise ConfigError(
                 f"canary_every is {canary_every}; allowed: a number of steps, or 0 for checks after 0, 10, 100, "
-                "... steps."
+                "... steps and at the last rollout."
             )
         self._canary_every, self._canary_due = canary_every, 0
         if choice.fallback:
             logger.warning("rollouts use plain generate, not the grouped engine: %s.", choice.fallback)
+        takes_text = self._tokenizer is self.processing_class  # a processor has a chat template of its own
         if self.env is not None:
             from rlvr.rollout.chat import ChatRenderer
             from rlvr.rollout.tool_calls import parser_for
@@ -65,12 +66,12 @@ class RolloutMixin(_Base):
             self._renderer = ChatRenderer(
                 self._tokenizer,
                 tools=self.env.tools,
-                chat_template=getattr(self.processing_class, "chat_template", None),
+                chat_template=None if takes_text else getattr(self.processing_class, "chat_template", None),
                 chat_template_kwargs=self.chat_template_kwargs,
-                content_parts=self._tokenizer is not self.processing_class,
+                content_parts=not takes_text,
             )
             self._parser = parser_for(self._renderer, tool_call_parser)
-        elif self.rollout_func is not None and self._tokenizer is self.processing_class:
+        elif self.rollout_func is not None and takes_text:
             self.rollout_func = self._watched(self.rollout_func)
 
     def sample_with_trl(
@@ -136,28 +137,57 @@ class RolloutMixin(_Base):
         *,
         sampler: str | None = None,
     ) -> None:
-        """The canary: at rollouts after 0, 10, 100, ... optimizer steps, or every `canary_every` if asked."""
-        step = self.state.global_step
-        if not self.model.training or step < self._canary_due or not any(map(any, sampled_mask)):
+        """The canary: after 0, 10, 100, ... optimizer steps and at the last rollout, or every `canary_every`."""
+        if not self._canary_is_due() or not any(map(any, sampled_mask)):
             return
         from rlvr.trainers.canary import check_sampler, check_samples
         from rlvr.trainers.reference import dropout_off
 
-        truncated = bool(self.top_p < 1 or self.top_k or self.min_p)
+        own = self._options_of_the_model() if sampler is None else []
+        truncated = bool(self.top_p < 1 or self.top_k != 0 or self.min_p or own)
         recorded = [values for values in logprobs if values is not None]
         if self.use_vllm and (truncated or self.repetition_penalty != 1):
             recorded = []  # vLLM gives log-probabilities of the distribution that it draws from: not comparable
         if not recorded and (self.repetition_penalty != 1 or self.args.generation_kwargs):
             self._leave_unchecked("repetition_penalty and generation_kwargs change what is sampled")
             return
-        self._canary_due = step + self._canary_every if self._canary_every else 10 ** len(str(step))
+        if not recorded and not {*own} <= {"top_k", "min_p"}:
+            self._leave_unchecked(f"the model's generation config changes what is sampled ({', '.join(own)})")
+            return
+        step = self.state.global_step
+        self._canary_due = self._next_look(step)
         samples = (prompt_ids, completion_ids, sampled_mask)
         with dropout_off(self.accelerator.unwrap_model(self.model)):  # engines sample without dropout
             if len(recorded) == len(prompt_ids):
                 drift = check_sampler(self, *samples, recorded)
             else:
                 drift = check_samples(self, *samples, truncated=truncated, sampler=sampler)
-        self._metrics["train"]["sampler_drift"].append(drift.mean_difference)
+        if drift is not None:
+            self._metrics["train"]["sampler_drift"].append(drift.mean_difference)
+            return
+        logger.warning(
+            "whether sampling follows the policy was not checked at step %d: all that was looked at has the padding "
+            "token %r among its tokens, which Unsloth's trainer takes for padding wherever it is, in training too.",
+            *(step, self._tokenizer.pad_token),
+        )
+
+    def _canary_is_due(self) -> bool:
+        return self.model.training and self.state.global_step >= self._canary_due
+
+    def _next_look(self, step: int) -> int:
+        """The step at which the canary looks after that at `step`."""
+        if self._canary_every:
+            return step + self._canary_every
+        usual, last_rollout = 10 ** len(str(step)), self.state.max_steps - self.num_iterations
+        return min(usual, last_rollout) if step < last_rollout else usual
+
+    def _options_of_the_model(self) -> list[str]:
+        """What transformers' generate, where it samples, takes from the model's own generation config."""
+        from rlvr.trainers.engines import generate_options
+
+        given = getattr(self, "generation_config", None)  # absent with vLLM
+        own = self.accelerator.unwrap_model(self.model).generation_config
+        return [] if given is None else generate_options(own, given=given)
 
     def _leave_unchecked(self, reason: str) -> None:
         if self._canary_due < sys.maxsize:
@@ -170,6 +200,8 @@ class RolloutMixin(_Base):
 
         def watched(prompts: list[Any], trainer: Any) -> dict[str, Any]:
             output = rollout_func(prompts, trainer)
+            if not self._canary_is_due():
+                return output
             prompt_ids, completion_ids = ([[int(i) for i in ids] for ids in output[name]] for name in _TOKENS)
             masks = [[1] * len(ids) for ids in completion_ids]
             if output.get("env_mask") is not None:

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
@@ -68,21 +68,49 @@ def merged_lora(modules: Sequence[nn.Module]) -> Iterator[None]:
     Args:
         modules: all of the model's, itself the first.
     """
-    with ExitStack() as undo, torch.no_grad():
-        tied = _shared_parameters(modules)
-        room = _room(modules)  # asked once: the driver takes its time to answer
-        for parent in modules:
-            children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
-            for name, layer in list(children.items()):
-                if not mergeable(layer) or _is_touched(layer) or layer.base_layer.weight in tied:
-                    continue
-                weight = layer.base_layer.weight
-                room -= weight.nbytes
-                undo.callback(weight.data.copy_, weight.detach().clone() if room > 0 else weight.detach().to("cpu"))
-                weight.copy_(merged_weight(layer))
-                undo.callback(children.__setitem__, name, layer)
-                children[name] = layer.base_layer
+    merged: list[_Merged] = []
+    try:
+        with torch.no_grad():
+            _merge(modules, merged)
         yield
+    finally:
+        try:
+            _put_back(merged)
+        except BaseException:  # Ctrl-C: all of it once more
+            _put_back(merged)
+            raise
+
+
+class _Merged(NamedTuple):
+    """A layer whose adapter is in its base weight."""
+
+    siblings: dict[str, Any]  # the children of its parent, itself among them
+    name: str
+    layer: Any
+    original: Tensor
+
+
+def _merge(modules: Sequence[nn.Module], merged: list[_Merged]) -> None:
+    """Lists each layer before it changes it."""
+    tied = _shared_parameters(modules)
+    room = _room(modules)  # asked once: the driver takes its time to answer
+    for parent in modules:
+        children: dict[str, Any] = parent._modules  # written directly: setattr of a module is slow
+        for name, layer in list(children.items()):
+            if not mergeable(layer) or _is_touched(layer) or layer.base_layer.weight in tied:
+                continue
+            weight = layer.base_layer.weight
+            room -= weight.nbytes
+            original = weight.detach().clone() if room > 0 else weight.detach().to("cpu")
+            merged.append(_Merged(children, name, layer, original))
+            weight.copy_(merged_weight(layer))
+            children[name] = layer.base_layer
+
+
+def _put_back(merged: Sequence[_Merged]) -> None:
+    for siblings, name, layer, original in merged:
+        layer.base_layer.weight.data.copy_(original)
+        siblings[name] = layer
 
 
 def mergeable(layer: Any) -> bool:
@@ -99,10 +127,10 @@ def mergeable(layer: Any) -> bool:
 
 
 def _is_touched(layer: Any) -> bool:
-    """Whether there is a hook, or a forward that is not its class's own, on what merging takes out of the model."""
+    """Whether there is a hook, or a forward that is not its class's own, on what merging computes otherwise."""
     parts = (layer.lora_dropout, layer.lora_A, layer.lora_B)
     in_use = [part[name] for name in layer.active_adapters for part in parts if name in part]
-    return not all(map(is_untouched, (layer, *in_use)))
+    return not all(map(is_untouched, (layer, layer.base_layer, *in_use)))
 
 
 def merged_weight(layer: Any) -> Tensor:

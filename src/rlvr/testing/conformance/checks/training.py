@@ -135,7 +135,7 @@ def _drift(context: Context, policy: LoadedPolicy, trainer: Any, when: str) -> f
             found.append(check_sampler(trainer, *samples, logprobs))
     except SamplerDriftError as error:
         raise CheckFailed(f"{when}: {error}") from error
-    return max(drift.mean_difference for drift in found)
+    return max(drift.mean_difference for drift in found if drift is not None)
 
 
 def _training_logprobs(trainer: Any) -> torch.Tensor:
