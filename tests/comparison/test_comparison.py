@@ -87,6 +87,18 @@ def test_the_losses_of_the_first_step_are_compared_with_the_first_run(capsys):
     ]
 
 
+def test_a_loss_or_a_gradient_norm_that_is_not_finite_is_said(capsys):
+    other = dataclasses.replace(OTHER, first_loss=None, first_grad_norm=None)
+    comparison = Comparison(env="arithmetic", model="m", as_is=False, runs=(FIRST, other))
+    rows = dict(comparison.rows())
+    assert rows["loss at step 1"] == ["0.125000", "not finite"]
+    assert rows["gradient norm at step 1"] == ["2.000000", "not finite"]
+    found = comparison.as_json()["backends"]["other"]
+    assert (found["first_grad_norm"], found["first_loss_differs_by"]) == (None, None)
+    print_comparison(comparison)
+    assert "loss at step 1 is not finite, and not compared between one and other" in capsys.readouterr().out
+
+
 def test_policies_that_read_other_tokens_are_not_compared():
     other = dataclasses.replace(OTHER, probe_ids=[[1, 2, 4]])
     assert other.probe_difference(FIRST) is None

@@ -103,8 +103,11 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(table)
     first = comparison.runs[0]
     for run in comparison.runs[1:]:
-        difference = f"{run.loss_difference(first):.2g}"
-        console.print(f"loss at step 1 differs by {difference} between {first.backend} and {run.backend}")
+        difference, names = run.loss_difference(first), f"{first.backend} and {run.backend}"
+        if difference is None:
+            console.print(f"loss at step 1 is not finite, and not compared between {names}")
+        else:
+            console.print(f"loss at step 1 differs by {difference:.2g} between {names}")
     console.print(
         "Each backend has its own defaults (--as-is)."
         if comparison.as_is

@@ -39,8 +39,8 @@ class BackendRun:
     scoring_seconds: list[float]
     tokens: list[int]  # prompts and completions rolled out
     peak_bytes: int | None  # of GPU memory, or of the process where there is no GPU
-    first_loss: float
-    first_grad_norm: float
+    first_loss: float | None  # None: not finite
+    first_grad_norm: float | None  # None: not finite, as it may be in float16 until its loss is scaled right
     first_completions: list[str]
     probe_ids: list[list[int]]  # the first training prompts, and
     probe_logprobs: list[list[float]]  # the starting policy's log-probabilities of their tokens, in nats
@@ -77,8 +77,10 @@ class BackendRun:
         pairs = zip(self.probe_logprobs, other.probe_logprobs, strict=True)
         return max(abs(x - y) for mine, theirs in pairs for x, y in zip(mine, theirs, strict=True))
 
-    def loss_difference(self, other: BackendRun) -> float:
-        """How far the losses of the first step are apart."""
+    def loss_difference(self, other: BackendRun) -> float | None:
+        """How far the losses of the first step are apart; None if one is not finite."""
+        if self.first_loss is None or other.first_loss is None:
+            return None
         return abs(self.first_loss - other.first_loss)
 
     def same_first_completions(self, other: BackendRun) -> int:
@@ -111,8 +113,8 @@ class Comparison:
             ("  update, s", cells(lambda run: f"{run.steady(run.update_seconds):.3f}")),
             ("tokens a second", cells(lambda run: f"{run.tokens_per_second:,.0f}")),
             ("peak memory, MiB", cells(lambda run: f"{run.peak_bytes / 2**20:,.0f}" if run.peak_bytes else "?")),
-            ("loss at step 1", cells(lambda run: f"{run.first_loss:.6f}")),
-            ("gradient norm at step 1", cells(lambda run: f"{run.first_grad_norm:.6f}")),
+            ("loss at step 1", cells(lambda run: _number_text(run.first_loss))),
+            ("gradient norm at step 1", cells(lambda run: _number_text(run.first_grad_norm))),
             ("start differs by, nats a token", cells(lambda run: _difference_text(run.probe_difference(first)))),
             (
                 "same completions at step 1",
@@ -259,6 +261,10 @@ def _last_lines(output: bytes) -> str:
 def _rewards_text(run: BackendRun) -> str:
     rewards = [reward for _, reward in run.batch_rewards]
     return f"{rewards[0]:.3f} → {rewards[-1]:.3f}"
+
+
+def _number_text(number: float | None) -> str:
+    return "not finite" if number is None else f"{number:.6f}"
 
 
 def _difference_text(difference: float | None) -> str:
