@@ -23,6 +23,7 @@ unsloth = import_unsloth()
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import snapshot_download  # noqa: E402
 
 from rlvr.backends.checks import (  # noqa: E402
     check_lora_target,
@@ -53,6 +54,7 @@ ALPHA_MULTIPLIER = 2  # Unsloth recommends an alpha of twice the rank
 MAX_LORA_RANK = 64  # vLLM reserves room for adapters of this rank when the model is loaded
 
 _SAVE_METHODS: dict[str, str] = {"adapter": "lora", "merged-16bit": "merged_16bit"}
+_NO_BASE = ["*.gguf", "*.onnx", "*.h5", "*.msgpack"]  # forms of a model that are not loaded
 _OTHER_FORMATS = "merged-4bit and gguf are not part of this backend: quantize or convert a merged-16bit model."
 
 
@@ -209,6 +211,7 @@ class UnslothBackend:
         if tokenizer.pad_token in (None, tokenizer.eos_token):
             tokenizer.pad_token = checked.pad_token
         peft_config: Any = model.peft_config["default"]
+        peft_config.base_model_name_or_path, peft_config.revision = settings.model, settings.revision
         lora = lora_settings(peft_config)
         policy = LoadedPolicy(model=model, tokenizer=tokenizer, settings=settings, lora=lora, notes=tuple(notes))
         if trainable:
@@ -381,9 +384,9 @@ def _runtime_errors(model: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _adapter_on(folder: Path, settings: ModelSettings) -> Iterator[Path]:
-    """An adapter folder that names `settings.model` as its base, which is where Unsloth looks."""
+    """An adapter folder that names the base of `settings`, which is where Unsloth looks."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = {"base_model_name_or_path": settings.model, "revision": settings.revision}
+    base = {"base_model_name_or_path": _base_of_adapter(settings), "revision": None}
     if base.items() <= config.items():
         yield folder
         return
@@ -394,6 +397,14 @@ def _adapter_on(folder: Path, settings: ModelSettings) -> Iterator[Path]:
                 shutil.copy2(file, staged / file.name)
         (staged / "adapter_config.json").write_text(json.dumps(config | base), encoding="utf-8")
         yield staged
+
+
+def _base_of_adapter(settings: ModelSettings) -> str:
+    """The model, or the folder of its revision: on a GPU, Unsloth loads the default branch under every adapter."""
+    if settings.revision is None or Path(settings.model).is_dir():
+        return settings.model
+    with loading_errors(settings.model):
+        return snapshot_download(settings.model, revision=settings.revision, ignore_patterns=_NO_BASE)
 
 
 def _inference_notes(settings: ModelSettings, fast_inference: bool) -> list[str]:
