@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import random
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from rlvr.backends.hf.backend import HFBackend
@@ -73,29 +75,29 @@ class CheckpointsAlways(HFBackend):
         return (ArgumentChange("gradient_checkpointing", True, "it saves memory"),)
 
 
-class Claims4Bit(HFBackend):
-    """Claims 4 bits, and loads 16 in silence."""
+class EngineInName(HFBackend):
+    """Claims an engine, and has an object of that name."""
 
     def capabilities(self):
-        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit"}))
+        return replace(super().capabilities(), fast_inference=True)
 
     def load_policy(self, settings):
-        return super().load_policy(replace(settings, quantization="none"))
+        policy = super().load_policy(replace(settings, fast_inference="off"))
+        if settings.fast_inference == "on":
+            policy.model.vllm_engine = object()
+        return replace(policy, settings=settings)
 
 
-class EightIsFour(Claims4Bit):
-    """Claims 4 and 8 bits, and rounds to 4 for both."""
-
-    def capabilities(self):
-        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit", "8bit"}))
+class LoadsAnotherCopy(HFBackend):
+    """Another model than was asked for, and `LoadedPolicy.settings` says which."""
 
     def load_policy(self, settings):
-        policy = super().load_policy(settings)
-        if settings.quantization != "none":
-            for parameter in policy.model.parameters():
-                step = parameter.detach().abs().amax(-1, keepdim=True) / 7
-                parameter.data = (parameter / step).round() * step
-        return policy
+        if not (Path(settings.model) / "model.safetensors").is_file():
+            return super().load_policy(settings)
+        copy = Path(shutil.copytree(settings.model, Path(tempfile.mkdtemp()) / "copy"))
+        weights = load_file(copy / "model.safetensors")
+        save_file({k: 0.8 * w for k, w in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"})
+        return super().load_policy(replace(settings, model=str(copy)))
 
 
 class CheckpointsNothing(HFBackend):
@@ -180,107 +182,29 @@ class CountsNoAdapter(HFBackend):
         return super().memory_in_use(policy) - sum(weight.nbytes for weight in adapter)
 
 
-class CountsQuantizedWeightsAsWhole(Claims4Bit):
-    """The same weights in 4 bits, and four times as much as they take."""
-
-    def load_policy(self, settings):
-        return replace(super().load_policy(settings), settings=settings)
-
-    def memory_in_use(self, policy):
-        return super().memory_in_use(policy) * (4 if policy.settings.quantization == "4bit" else 1)
-
-
-class ChangesUnknownArguments(HFBackend):
-    def training_arguments(self, policy):
-        return (ArgumentChange("use_bf16", False, "the policy was loaded in float32"),)
-
-
-class TrainsTheBase(HFBackend):
-    def for_training(self, policy):
-        super().for_training(policy)
-        policy.model.get_input_embeddings().requires_grad_(True)
-
-
-class TrainsNothingOfA(HFBackend):
-    """LoRA with A frozen: it trains, but not what was stated."""
-
-    def for_training(self, policy):
-        super().for_training(policy)
-        for name, parameter in policy.model.named_parameters():
-            if "lora_A" in name:
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-
-class SamplesFromStaleWeights(HFBackend):
-    """Samples from a second model whose weights are synchronised once, and never after an optimizer step."""
-
-    def apply_lora(self, policy, lora):
-        policy = super().apply_lora(policy, lora)
-        self.sampler, self.synchronised = copy.deepcopy(policy.model).eval(), False
-        policy.model.generate = self.sampler.generate
-        return policy
-
-    def for_inference(self, policy):
-        super().for_inference(policy)
-        if not self.synchronised:
-            self.sampler.load_state_dict(policy.model.state_dict())
-            self.synchronised = True
-
-
-class SamplesByItself(HFBackend):
-    """`generate` with an option of its own, whatever was asked for."""
-
-    option: ClassVar[dict[str, float]]
-
-    def apply_lora(self, policy, lora):
-        policy = super().apply_lora(policy, lora)
-        generate = policy.model.generate
-
-        def by_itself(*args, generation_config, **kwargs):
-            config = copy.deepcopy(generation_config)
-            config.update(**self.option)
-            return generate(*args, generation_config=config, **kwargs)
-
-        policy.model.generate = by_itself
-        return policy
-
-
-class OtherTemperature(SamplesByItself):
-    option: ClassVar = {"temperature": 0.5}
-
-
-class IgnoresTemperature(SamplesByItself):
-    option: ClassVar = {"temperature": 1.0}
-
-
-class NearlyGreedy(SamplesByItself):
-    option: ClassVar = {"top_k": 2}
-
-
-class MovesTheReference(HFBackend):
-    def training_arguments(self, policy):
-        return (
-            *super().training_arguments(policy),
-            ArgumentChange("sync_ref_model", True, "a reference that keeps up"),
-            ArgumentChange("ref_model_sync_steps", 1, "at every step"),
-            ArgumentChange("ref_model_mixup_alpha", 1.0, "completely"),
-        )
-
-
-class DropsBeta(HFBackend):
-    def training_arguments(self, policy):
-        return (*super().training_arguments(policy), ArgumentChange("beta", 0.0, "it saves a forward pass"))
-
-
-class ForgetsTheOptimizer(HFBackend):
-    def training_arguments(self, policy):
-        return (*super().training_arguments(policy), ArgumentChange("save_only_model", True, "it saves space"))
-
-
 class IgnoresRevision(HFBackend):
     def load_policy(self, settings):
         return super().load_policy(replace(settings, revision=None))
+
+
+class TokenizerIgnoresRevision(HFBackend):
+    def load_policy(self, settings):
+        default = super().load_policy(replace(settings, revision=None))
+        return replace(super().load_policy(settings), tokenizer=default.tokenizer)
+
+
+class LoadSavedIgnoresRevision(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        return super().load_saved(folder, replace(settings, revision=None), trainable=trainable)
+
+
+class LosesAGradient(HFBackend):
+    """In full fine-tuning, that of the embeddings, which count as trainable."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        policy.model.get_input_embeddings().weight.register_hook(torch.zeros_like)
+        return policy
 
 
 class FreezesInFullFinetuning(HFBackend):
@@ -302,13 +226,13 @@ BACKEND_FAULTS = {
     ClaimsUnknownWords: "capabilities",
     ClaimsUnknownExport: "capabilities",
     LoadsTheFirstModelAgain: "setting-model",
+    LoadsAnotherCopy: "setting-model",
     IgnoresDtype: "setting-dtype",
-    Claims4Bit: "setting-quantization",
-    EightIsFour: "setting-quantization",
     IgnoresAttention: "setting-attention",
     CutsTheContextInSilence: "setting-max-seq-length",
     TrustsEveryone: "setting-trust-remote-code",
     ClaimsAnEngine: "setting-fast-inference",
+    EngineInName: "setting-fast-inference",
     CheckpointsAlways: "setting-gradient-checkpointing",
     CheckpointsNothing: "setting-gradient-checkpointing",
     AcceptsMissingDevices: "setting-device",
@@ -321,22 +245,14 @@ BACKEND_FAULTS = {
     CountsParametersNotBytes: "memory-in-use",
     TakesEveryWeightForFloat32: "memory-in-use",
     CountsNoAdapter: "memory-in-use",
-    CountsQuantizedWeightsAsWhole: "memory-in-use",
-    ChangesUnknownArguments: "training-arguments",
-    TrainsTheBase: "trains-adapter-only",
-    TrainsNothingOfA: "trains-adapter-only",
-    SamplesFromStaleWeights: "sampler-is-policy",
-    OtherTemperature: "sampler-is-policy",
-    IgnoresTemperature: "sampler-is-policy",
-    NearlyGreedy: "sampler-is-policy",
-    MovesTheReference: "reference-is-start",
-    DropsBeta: "reference-is-start",
-    ForgetsTheOptimizer: "resumes",
 }
 """Fault → the check that has to find it."""
 
 FAULTS_ALONE = {
     IgnoresRevision: ("setting-revision", "revision='other' was asked for, and another one's weights"),
+    TokenizerIgnoresRevision: ("setting-revision", "another one's tokenizer was loaded"),
+    LoadSavedIgnoresRevision: ("setting-revision", "an adapter on revision='other' was loaded back on another one's"),
+    LosesAGradient: ("setting-full-finetuning", "training left 1 tensors unchanged"),
     FreezesInFullFinetuning: ("setting-full-finetuning", "once loaded 1 tensors are frozen"),
     FreezesForTraining: ("setting-full-finetuning", "after for_training 1 tensors are frozen"),
 }

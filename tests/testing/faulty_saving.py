@@ -46,6 +46,20 @@ class ExportsTheBase(HFBackend):
             super().save(super().load_policy(policy.settings), folder, export_format)
 
 
+class ExportsTheBaseOfHalves(HFBackend):
+    """Where the policy is in bfloat16, as it is by default on a GPU."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        if policy.model.dtype is torch.bfloat16 and export_format != "adapter":
+            policy = super().load_policy(policy.settings)
+        super().save(policy, folder, export_format)
+
+
+class LoadSavedIgnoresDtype(HFBackend):
+    def load_saved(self, folder, settings, *, trainable=False):
+        return super().load_saved(folder, replace(settings, dtype="float32"), trainable=trainable)
+
+
 class MergesInPlace(HFBackend):
     """The export is right, and the policy is no longer what it was."""
 
@@ -244,7 +258,9 @@ SAVING_FAULTS = {
     SavesNoDoraMagnitude: "export-adapter",
     SavesNoBias: "export-adapter",
     LoadSavedDropsRsLora: "export-adapter",
+    LoadSavedIgnoresDtype: "export-adapter",
     ExportsTheBase: "export-merged-16bit",
+    ExportsTheBaseOfHalves: "export-merged-16bit",
     MergesTo32Bits: "export-merged-16bit",
     MergesToTheCheckpointsType: "export-merged-16bit",
     MergesInPlace: "export-merged-16bit",

@@ -14,9 +14,11 @@ import time
 from textwrap import indent
 
 import pytest
-from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
+from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST, LoadsAnotherCopy
 from faulty_lora import LORA_FAULTS
+from faulty_quantized import QUANTIZED_FAULTS, EightIsFour
 from faulty_saving import SAVING_FAULTS
+from faulty_training import TRAINING_FAULTS
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ExportFormat, LoraSettings, ModelSettings
@@ -27,7 +29,7 @@ from rlvr.testing.conformance.catalogue import PROCESSES, select
 from rlvr.testing.conformance.context import Context
 from rlvr.testing.conformance.runner import at_the_same_time, run_check
 
-FAULTS = BACKEND_FAULTS | LORA_FAULTS | SAVING_FAULTS
+FAULTS = BACKEND_FAULTS | LORA_FAULTS | TRAINING_FAULTS | QUANTIZED_FAULTS | SAVING_FAULTS
 has_unsloth = importlib.util.find_spec("unsloth") is not None
 
 
@@ -39,6 +41,19 @@ def test_a_planted_fault_is_found_by_the_check_for_it(fault):
     assert not report.ok
     for accident in ("TypeError", "AttributeError", "NameError", "KeyError"):  # caught for what it is, not by accident
         assert accident not in result.message
+
+
+@pytest.mark.parametrize(
+    ("fault", "check", "finding"),
+    [
+        (EightIsFour, "setting-quantization", "8 have to be nearer"),
+        (LoadsAnotherCopy, "log-probabilities", "differ from the float32 reference"),  # of the model asked for
+    ],
+)
+def test_a_fault_is_found_for_what_it_is(fault, check, finding):
+    (result,) = check_backend(fault(), only=[check]).results
+    assert not result.passed
+    assert finding in result.message
 
 
 @pytest.mark.parametrize("fault", FAULTS_ALONE, ids=lambda fault: fault.__name__)
@@ -99,22 +114,6 @@ def test_a_backend_object_is_checked_in_this_process_without_what_needs_a_fresh_
     assert [result.name for result in report.results] == ["lora-r"]
     assert seen == list(report.results)
     assert report.ok
-
-
-class BFloat16Only(HFBackend):
-    """Right, and without float32: "auto" is bfloat16."""
-
-    def capabilities(self):
-        return dataclasses.replace(super().capabilities(), dtypes=frozenset({"auto", "bfloat16"}))
-
-    def load_policy(self, settings):
-        dtype = "bfloat16" if settings.dtype == "auto" else settings.dtype
-        return super().load_policy(dataclasses.replace(settings, dtype=dtype))
-
-
-def test_a_right_backend_without_float32_passes():
-    report = check_backend(BFloat16Only(), only=["settings", "lora", "policy", "training", "saving"])
-    assert report.ok, str(report)
 
 
 def test_unknown_checks_and_backends_are_refused():

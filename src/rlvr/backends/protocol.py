@@ -212,7 +212,11 @@ class ModelBackend(Protocol):
         ...
 
     def for_inference(self, policy: LoadedPolicy) -> None:
-        """Switches the model to sampling: evaluation mode and whatever makes the backend's sampling fast."""
+        """Switches the model to sampling: evaluation mode and whatever makes the backend's sampling fast.
+
+        Evaluation and export call it; training does not, where rollouts and steps take turns. What samples with
+        weights of its own has to follow the policy by itself.
+        """
         ...
 
     def save(self, policy: LoadedPolicy, folder: Path, export_format: ExportFormat = "adapter") -> None:

@@ -102,11 +102,16 @@ class BackendWriter:
         write_base_revision(folder, policy.settings.revision)
 
     def load(self, folder: Path, settings: ModelSettings) -> tuple[Any, Any]:
-        own = {"merged-16bit": "none", "merged-4bit": "4bit"}  # an adapter goes on the base as it was in training
-        quantization: Any = own.get(self.export_format, settings.quantization)
-        policy = self.backend.load_saved(folder, replace(settings, quantization=quantization))
+        policy = self.backend.load_saved(folder, settings_to_load(self.export_format, settings))
         self.backend.for_inference(policy)
         return policy.model, _tokenizer_in(folder, settings)
+
+
+def settings_to_load(export_format: ExportFormat, settings: ModelSettings) -> ModelSettings:
+    """With the export's own quantization; an adapter goes on the base as it was in training."""
+    own = {"merged-16bit": "none", "merged-4bit": "4bit"}
+    quantization: Any = own.get(export_format, settings.quantization)
+    return replace(settings, quantization=quantization)
 
 
 def _tokenizer_in(folder: Path, settings: ModelSettings) -> Any:

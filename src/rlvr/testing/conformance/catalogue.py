@@ -73,7 +73,7 @@ CHECKS: tuple[Check, ...] = (
     Check("memory-in-use", "policy", "within 10% of what weights and adapter take", "policy:memory"),
     Check("training-arguments", "training", "changes name real arguments, with reasons", "training:arguments"),
     Check("trains-adapter-only", "training", "two steps change the adapter, nothing else", "training:adapter_only"),
-    Check("sampler-is-policy", "training", "draws from what is trained, before and after a step", "training:sampler"),
+    Check("sampler-is-policy", "training", "draws from what is trained, before and after a step", "sampling:sampler"),
     Check("reference-is-start", "training", "with beta > 0 the reference is the model as given", "training:reference"),
     Check("resumes", "training", "a checkpoint is taken up where it was left", "training:resumes"),
     Check("export-adapter", "saving", "loads back as the same policy", "saving:export", "adapter"),

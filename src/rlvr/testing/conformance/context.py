@@ -57,6 +57,23 @@ class Context:
         return self._tiny[seed]
 
     @cached_property
+    def readable_model(self) -> str:
+        """The model, or a tiny one where transformers alone cannot load it, to compare the backend with."""
+        from rlvr.testing.conformance.reference import is_readable
+
+        return self.model if self.given_model is None or is_readable(self.model) else str(self.tiny())
+
+    @cached_property
+    def model_without_dropout(self) -> str:
+        """The readable model, or a tiny one if that has dropout of its own, with which training is never the same."""
+        model = self.readable_model
+        return str(self.tiny()) if self.given_model is not None and _has_dropout(self, model) else model
+
+    def note_on(self, model: str) -> str:
+        """The end of a measurement, which says so if it is of another model than was given."""
+        return "" if model == self.model else "; of a tiny model, since the one given cannot be compared"
+
+    @cached_property
     def capabilities(self) -> Capabilities:
         return self.backend.capabilities()
 
@@ -139,6 +156,11 @@ def expect_random_states(before: dict[str, bytes], what: str) -> None:
     expect(not changed, f"{what} changes the global random state of {', '.join(changed)}")
 
 
+def quantized(claims: Capabilities) -> list[str]:
+    """The quantizations that are claimed."""
+    return sorted(claims.quantizations - {"none"})
+
+
 def dtype_name(policy: LoadedPolicy) -> str:
     """What the policy's unquantized weights are in."""
     return str(policy.model.get_input_embeddings().weight.dtype).removeprefix("torch.")
@@ -165,6 +187,17 @@ def logits(context: Context, policy: LoadedPolicy, ids: torch.Tensor | None = No
     context.backend.for_inference(policy)
     with torch.no_grad():
         return policy.model(tokens(policy) if ids is None else ids).logits.float().cpu()
+
+
+def _has_dropout(context: Context, model: str) -> bool:
+    """Whether two forward passes in training differ by more than rounding."""
+    import torch
+
+    policy = context.policy(model=model)
+    context.backend.for_training(policy)
+    with torch.no_grad(), torch.random.fork_rng():
+        one, other = (policy.model(tokens(policy)).logits for _ in range(2))
+    return not torch.allclose(one, other, atol=1e-2)
 
 
 def token_logprobs(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

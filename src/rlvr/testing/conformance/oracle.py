@@ -35,7 +35,10 @@ def main(folder: Path) -> None:
 
 
 def answer(job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    if job["what"] == "spoken":
+    if job["what"] == "readable":
+        job = {**job, "weights_dtype": "float32", "adapters": []}
+        adapted(job, {})
+    if job["what"] in ("readable", "spoken"):
         said = spoken(AutoTokenizer.from_pretrained(job["model"]))
         return {name: torch.tensor(ids) for name, ids in said.items()}
     model, ids, scale = adapted(job, tensors), tensors["ids"], job["scale"]

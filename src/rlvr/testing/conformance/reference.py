@@ -35,13 +35,14 @@ class Reference:
     scale: float
 
     @classmethod
-    def of(cls, policy: LoadedPolicy, weights_dtype: torch.dtype) -> Reference:
+    def of(cls, policy: LoadedPolicy, *, model: str, weights_dtype: torch.dtype) -> Reference:
         """
         Args:
+            model: what was asked for, whatever the backend says that it loaded.
             weights_dtype: the policy's; the checkpoint is rounded to it first, so that only the arithmetic differs.
         """
         adapters = {name: factors(layer) for name, layer in lora_layers(policy.model).items()}
-        return cls(policy.settings.model, weights_dtype, adapters, stated_scale(policy.lora) if policy.lora else 0.0)
+        return cls(model, weights_dtype, adapters, stated_scale(policy.lora) if policy.lora else 0.0)
 
     def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
         """Of the tokens after the first, in nats: (B, T-1), on the CPU."""
@@ -66,8 +67,21 @@ def own_tokenizer(model: str) -> dict[str, list[int]]:
     return {name: ids.tolist() for name, ids in _oracle().ask({"what": "spoken", "model": model}, {}).items()}
 
 
+def is_readable(model: str) -> bool:
+    """Whether transformers alone can load it with its tokenizer; a GGUF file, for one, it cannot."""
+    try:
+        _oracle().ask({"what": "readable", "model": model}, {})
+    except ReferenceFailed:
+        return False
+    return True
+
+
 def stated_scale(lora: LoraSettings) -> float:
     return lora.alpha / (lora.r**0.5 if lora.rslora else lora.r)
+
+
+class ReferenceFailed(RuntimeError):
+    """The oracle could not compute what it was asked for."""
 
 
 @functools.cache
@@ -96,7 +110,8 @@ class _Oracle:
     def ask(self, job: dict[str, Any], tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
         Raises:
-            RuntimeError: the oracle could not compute it, with its reason.
+            ReferenceFailed: the oracle could not compute it, with its reason.
+            RuntimeError: the oracle has ended.
         """
         save_file(tensors, self._folder / "question.safetensors")
         answer = self._exchange(json.dumps(job) + "\n")
@@ -105,7 +120,7 @@ class _Oracle:
             last = (self._folder / "errors.txt").read_text(encoding="utf-8").strip().splitlines()[-1:]
             raise RuntimeError(f"the process that computes references has ended: {''.join(last) or 'it said nothing'}")
         if error := json.loads(answer)["error"]:
-            raise RuntimeError(f"the reference could not be computed: {error}")
+            raise ReferenceFailed(f"the reference could not be computed: {error}")
         return load_file(self._folder / "answer.safetensors")
 
     def _exchange(self, line: str) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
-from rlvr.testing.conformance.context import Context, expect, logits, refusal, shake, tokens
+from rlvr.testing.conformance.context import Context, expect, logits, refusal, tokens
+from rlvr.testing.conformance.trainer import trainer_for
 
 _REPOSITORY = "conformance/tiny"
 
@@ -20,12 +23,8 @@ def revision(context: Context) -> str:
 
     cache = Path(constants.HF_HUB_CACHE)
     expect(context.scratch in cache.parents, f"HF_HUB_CACHE is {cache}: this check has to run in its own process")
-    folder = cache / f"models--{_REPOSITORY.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True, exist_ok=True)
-    for seed, name in enumerate(("main", "other")):
-        commit = str(seed) * 40
-        (folder / "refs" / name).write_text(commit)
-        shutil.copytree(context.tiny(seed), folder / "snapshots" / commit, dirs_exist_ok=True)
+    _add_revision(context, cache, "main", seed=0)
+    _say_in_template(_add_revision(context, cache, "other", seed=1), "other")
     try:
         default = context.policy(model=_REPOSITORY, revision=None)
     except RlvrError as error:  # it reads other files than transformers' from the Hub
@@ -37,7 +36,37 @@ def revision(context: Context) -> str:
     except RlvrError as error:
         return f"refused: {error}"
     _expect_weights(context, other, seed=1, revision="other")
-    return "each revision gives its own weights"
+    said: Any = other.tokenizer.apply_chat_template([{"role": "user", "content": "?"}], tokenize=False)
+    expect(said.startswith("other"), "revision='other' was asked for, and another one's tokenizer was loaded")
+    _expect_loaded_on(context, "other")
+    return "each revision gives its own weights and tokenizer, also under a saved adapter"
+
+
+def _add_revision(context: Context, cache: Path, name: str, *, seed: int) -> Path:
+    """A tiny model as a revision in a Hub cache; its folder."""
+    folder, commit = cache / f"models--{_REPOSITORY.replace('/', '--')}", str(seed) * 40
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / name).write_text(commit)
+    return Path(shutil.copytree(context.tiny(seed), folder / "snapshots" / commit))
+
+
+def _say_in_template(folder: Path, word: str) -> None:
+    """What the tokenizer of this folder renders begins with the word."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = word + tokenizer.chat_template
+    tokenizer.save_pretrained(folder)
+
+
+def _expect_loaded_on(context: Context, revision: str) -> None:
+    """An adapter that was trained on a revision is loaded back onto that revision."""
+    policy, folder = context.adapted(model=_REPOSITORY, revision=revision), context.folder()
+    context.backend.save(policy, folder)
+    loaded = context.backend.load_saved(folder, policy.settings)
+    error = (logits(context, loaded) - logits(context, policy)).abs().max().item()
+    expect(
+        error < 1e-3,
+        f"an adapter on revision={revision!r} was loaded back on another one's weights: logits differ by {error:.2g}",
+    )
 
 
 def _expect_weights(context: Context, found: LoadedPolicy, *, seed: int, revision: str | None) -> None:
@@ -61,10 +90,13 @@ def full_finetuning(context: Context) -> str:
     expect(policy.lora is None, "full_finetuning, and LoadedPolicy.lora is not None")
     with refusal("apply_lora on a policy that was loaded for full_finetuning"):
         context.backend.apply_lora(policy, LoraSettings())
-    shake(policy.model, scale=0.01)
+    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
+    trainer_for(context, policy).train()
+    still = [name for name, parameter in policy.model.named_parameters() if torch.equal(parameter, before[name])]
+    expect(not still, f"full_finetuning: training left {len(still)} tensors unchanged, for example {still[:1]}")
     wanted, folder = logits(context, policy), context.folder()
     context.backend.save(policy, folder)
     loaded = context.backend.load_saved(folder, policy.settings)
     error = (logits(context, loaded) - wanted).abs().max().item()
     expect(error < 1e-4, f"saved and loaded back, logits differ by {error:.2g}")
-    return "every weight is trainable, saved and loaded back"
+    return "every weight is trained, saved and loaded back"

@@ -9,7 +9,7 @@ import torch
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.settings import FLOATS
-from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, token_logprobs, tokens
+from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, quantized, token_logprobs, tokens
 from rlvr.testing.conformance.reference import Reference, own_tokenizer
 from rlvr.testing.conformance.spoken import difference
 
@@ -33,12 +33,13 @@ def dtypes_to_compare(context: Context) -> list[str]:
 
 
 def log_probabilities(context: Context) -> str:
-    measured = []
+    measured, model = [], context.readable_model
     for dtype in dtypes_to_compare(context):
-        for what, policy in (("base", context.policy(dtype=dtype)), ("adapted", context.adapted(dtype=dtype))):
+        for what, load in (("base", context.policy), ("adapted", context.adapted)):
+            policy = load(model=model, dtype=dtype)
             ids = tokens(policy)
             found = token_logprobs(logits(context, policy), ids)
-            wanted = Reference.of(policy, FLOATS[dtype]).logprobs(ids)
+            wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).logprobs(ids)
             error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
             expect(
                 error <= allowed,
@@ -46,18 +47,18 @@ def log_probabilities(context: Context) -> str:
                 f"on average; allowed: {allowed:g}",
             )
             measured.append(f"{dtype} {what} {error:.1g}")
-    return f"mean difference in nats: {', '.join(measured)}; {_far(context)}"
+    return f"mean difference in nats: {', '.join(measured)}; {_far(context, model)}{context.note_on(model)}"
 
 
-def _far(context: Context) -> str:
+def _far(context: Context, model: str) -> str:
     """Positions that the other checks do not reach, up to the max_seq_length that was asked for."""
-    dtype, length = dtypes_to_compare(context)[0], min(_FAR, _longest(context.policy()))
-    policy = context.policy(dtype=dtype, max_seq_length=length)
+    dtype, length = dtypes_to_compare(context)[0], min(_FAR, _longest(context.policy(model=model)))
+    policy = context.policy(model=model, dtype=dtype, max_seq_length=length)
     known = tokens(policy).flatten()
     drawn = torch.randint(len(known), (1, length), generator=torch.Generator().manual_seed(5))
     ids = known[drawn.to(known.device)]
     found = token_logprobs(logits(context, policy, ids), ids)
-    wanted = Reference.of(policy, FLOATS[dtype]).logprobs(ids)
+    wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).logprobs(ids)
     error, allowed = (found - wanted)[:, length // 4 :].abs().mean().item(), LOGPROB_TOLERANCE[dtype]
     expect(
         error <= allowed,
@@ -73,19 +74,19 @@ def _longest(policy: LoadedPolicy) -> int:
 
 def tokenizer(context: Context) -> str:
     """Ids, chat rendering and end of turn; the pad token may be another one."""
-    policy = context.policy()
-    other = difference(policy.tokenizer, own_tokenizer(policy.settings.model))
+    model = context.readable_model
+    other = difference(context.policy(model=model).tokenizer, own_tokenizer(model))
     expect(other is None, f"the policy's tokenizer is not the model's own: {other}")
-    return "ids and chat rendering are the model's own"
+    return f"ids and chat rendering are the model's own{context.note_on(model)}"
 
 
 def gradients(context: Context) -> str:
     """With gradient checkpointing as the backend does it by default, in training mode."""
-    measured = []
+    measured, model = [], context.model_without_dropout
     for dtype in dtypes_to_compare(context):
-        policy = context.adapted(dtype=dtype)
+        policy = context.adapted(model=model, dtype=dtype)
         ids = tokens(policy)
-        loss, wanted = Reference.of(policy, FLOATS[dtype]).loss_and_gradients(ids)
+        loss, wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).loss_and_gradients(ids)
         found_loss, found = _gradients(context, policy, ids)
         allowed = GRADIENT_TOLERANCE[dtype]
         expect(
@@ -102,7 +103,7 @@ def gradients(context: Context) -> str:
             f"allowed: {allowed:g}",
         )
         measured.append(f"{dtype} {error:.1g}")
-    return f"relative difference: {', '.join(measured)}"
+    return f"relative difference: {', '.join(measured)}{context.note_on(model)}"
 
 
 def _gradients(
@@ -132,7 +133,7 @@ def memory(context: Context) -> str:
     if on_cuda and context.given_model is None:
         model = str(save_tiny(context.scratch / "large", dtype=torch.bfloat16, **_LARGE))
     ways = [{"dtype": dtype} for dtype in ("auto", *dtypes_to_compare(context))]
-    ways += [{"dtype": "auto", "quantization": name} for name in sorted(context.capabilities.quantizations - {"none"})]
+    ways += [{"dtype": "auto", "quantization": name} for name in quantized(context.capabilities)]
     return ", ".join(_memory(context, model=model, on_cuda=on_cuda, **way) for way in ways)
 
 

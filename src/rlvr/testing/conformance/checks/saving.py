@@ -12,12 +12,29 @@ from rlvr.backends.checks import lora_settings
 from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
 from rlvr.exporting.contents import wide_matrices
-from rlvr.exporting.parity import Expected, Tolerance, compare, logprobs, tolerance
-from rlvr.testing.conformance.context import CheckFailed, Context, expect, first_line, refusal, shake, tokens
+from rlvr.exporting.parity import Expected, Parity, Tolerance, compare, logprobs, tolerance
+from rlvr.exporting.writers import settings_to_load
+from rlvr.testing.conformance.context import (
+    LIVELY,
+    CheckFailed,
+    Context,
+    dtype_name,
+    expect,
+    first_line,
+    quantized,
+    refusal,
+    shake,
+    tokens,
+)
 from rlvr.testing.conformance.spoken import difference, spoken
 
 _TRAINED = 4
 """Times the tolerance: by so much the trained policy differs from its base, for an untrained export to show."""
+
+_CHECKPOINTS = {"adapter": (torch.bfloat16,), "merged-16bit": (torch.bfloat16, torch.float32)}
+
+_SMOOTH: dict[str, Any] = {"initializer_range": 0.05}
+"""Of a model whose rounding to 4 bits moves log-probabilities by little, as it does with trained ones."""
 
 _KEPT = ("r", "alpha", "dropout", "bias", "rslora", "dora")
 """Of `LoraSettings`: what an adapter's file says too. Its modules are written out there, and its start is past."""
@@ -49,14 +66,16 @@ def other_forms(claims: Capabilities) -> list[Form]:
 
 
 def export(context: Context, export_format: Any) -> str:
-    """With plain LoRA; as adapter and as merged model, with every other form of it that is claimed."""
-    if export_format not in context.capabilities.export_formats:
+    """With plain LoRA; adapters and merged models also with its other forms, of checkpoints in 16 and 32 bits, and on
+    quantized weights."""
+    claims = context.capabilities
+    if export_format not in claims.export_formats:
         return _refused(context, export_format)
-    said = [_round_trip(context, export_format, PLAIN)]
+    said = [_plain(context, export_format)]
     if export_format in ("adapter", "merged-16bit"):
-        said += [_round_trip(context, export_format, form) for form in other_forms(context.capabilities)]
-    if export_format == "merged-16bit":
-        said.append(_sixteen_bits(context))
+        said += [_other_form(context, export_format, form) for form in other_forms(claims)]
+        said += [_on_checkpoint(context, export_format, dtype) for dtype in _CHECKPOINTS[export_format]]
+        said += [_on_quantized(context, export_format, name) for name in quantized(claims)]
     return "; ".join(said)
 
 
@@ -69,47 +88,115 @@ def _refused(context: Context, export_format: Any) -> str:
     return "refused"
 
 
-def _round_trip(context: Context, export_format: Any, form: Form) -> str:
+@dataclass(frozen=True)
+class Exported:
+    """A policy, what was saved of it, and how that compares once it is loaded back."""
+
+    policy: LoadedPolicy
+    loaded: LoadedPolicy
+    folder: Path
+    expected: Expected
+    allowed: Tolerance
+    parity: Parity
+
+
+def _plain(context: Context, export_format: Any) -> str:
+    exported = _round_trip(context, export_format, PLAIN, PLAIN.name)
+    parity = exported.parity
+    _expect_tokenizer(exported, export_format)
+    said = f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
+    return said + (_adapter(context, exported) if export_format == "adapter" else "")
+
+
+def _other_form(context: Context, export_format: Any, form: Form) -> str:
+    if not _parts(context.policy(form.lora), form):
+        return f"{form.name}: the model has none"
+    try:
+        exported = _round_trip(context, export_format, form, form.name)
+    except _SaveRefused:
+        return f"{form.name} refused"
+    return f"{form.name} {exported.parity.error:.1g}"
+
+
+def _on_checkpoint(context: Context, export_format: Any, dtype: torch.dtype) -> str:
+    """As `dtype="auto"` loads a checkpoint in this dtype."""
+    from rlvr.testing.tiny import save_tiny
+
+    name = f"of a checkpoint in {str(dtype).removeprefix('torch.')}"
+    checkpoint = save_tiny(context.folder(), dtype=dtype, **LIVELY)
+    exported = _round_trip(context, export_format, PLAIN, name, model=checkpoint, dtype="auto")
+    wide = [*wide_matrices(exported.folder)] if export_format == "merged-16bit" else []
+    expect(not wide, f"{name}: {len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
+    found, wanted = dtype_name(exported.loaded), dtype_name(exported.policy)
+    expect(
+        found == wanted or dtype is torch.float32,  # in 16 bits, a merged model is no longer what "auto" took it for
+        f"{name}: loaded back with the policy's settings, weights are in {found}; the policy's are in {wanted}",
+    )
+    return f"{name} {exported.parity.error:.1g}"
+
+
+def _on_quantized(context: Context, export_format: Any, quantization: str) -> str:
+    """A merged model holds other weights than the quantized ones, so that a backend may refuse it."""
+    from rlvr.testing.tiny import save_tiny
+
+    name = f"on weights in {quantization}"
+    settings: dict[str, Any] = {
+        "model": save_tiny(context.folder(), **_SMOOTH),
+        "dtype": "auto",
+        "quantization": quantization,
+    }
+    try:
+        exported = _round_trip(context, export_format, PLAIN, name, **settings)
+    except _SaveRefused as error:
+        expect(export_format != "adapter", f"{name}: an adapter cannot be saved: {error}")
+        return f"{name} refused"
+    return f"{name} {exported.parity.error:.1g}"
+
+
+class _SaveRefused(CheckFailed):
+    """`save` raised an `RlvrError`: a finding, unless the check allows it."""
+
+
+def _round_trip(context: Context, export_format: Any, form: Form, name: str, **settings: Any) -> Exported:
     """Saves and loads a policy of which `form.part` is trained, and compares it with the same one before that."""
-    policy, folder = context.policy(form.lora), context.folder() / "export"
+    policy, folder = context.policy(form.lora, **settings), context.folder() / "export"
     allowed, texts = tolerance(export_format, policy), tokens(policy).tolist()
     shake(policy.model, where=lambda name: form.part not in name)
     base = logprobs(_inferring(context, policy), texts)
-    if not _train(context, policy, form, texts, base=base, enough=_TRAINED * allowed.error):
-        return f"{form.name}: the model has none"
-    model = _inferring(context, policy)
-    expected = Expected.of(model, texts)
+    _train(context, policy, form, texts, base=base, enough=_TRAINED * allowed.error)
+    expected = Expected.of(_inferring(context, policy), texts)
+    _save(context, policy, folder, export_format, name)
+    expect(
+        torch.equal(logprobs(_inferring(context, policy), texts), expected.logprobs),
+        f"{name}: saving has changed the policy that was saved",
+    )
+    loaded = context.backend.load_saved(folder, settings_to_load(export_format, policy.settings))
+    parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
+    expect(not parity.problems, f"{name}: loaded back, it is another policy: {'; '.join(parity.problems)}")
+    return Exported(policy, loaded, folder, expected, allowed, parity)
+
+
+def _save(context: Context, policy: LoadedPolicy, folder: Path, export_format: Any, name: str) -> None:
     try:
         context.backend.save(policy, folder, export_format)
     except Exception as error:
-        if form is not PLAIN and isinstance(error, RlvrError):
-            return f"{form.name} refused"
-        raise CheckFailed(
-            f"{form.name}: it is claimed, and save raised {type(error).__name__}: {first_line(error)}"
-        ) from error
-    expect(
-        torch.equal(logprobs(_inferring(context, policy), texts), expected.logprobs),
-        f"{form.name}: saving has changed the policy that was saved",
-    )
-    loaded = context.backend.load_saved(folder, policy.settings)
-    parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
-    expect(not parity.problems, f"{form.name}: loaded back, it is another policy: {'; '.join(parity.problems)}")
-    if form is not PLAIN:
-        return f"{form.name} {parity.error:.1g}"
-    _expect_tokenizer(policy, loaded, folder, export_format)
-    said = f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
-    return said + (_adapter(context, policy, folder, expected, allowed) if export_format == "adapter" else "")
+        finding = f"{name}: it is claimed, and save raised {type(error).__name__}: {first_line(error)}"
+        raise (_SaveRefused if isinstance(error, RlvrError) else CheckFailed)(finding) from error
 
 
 def _train(
     context: Context, policy: LoadedPolicy, form: Form, texts: list[list[int]], *, base: torch.Tensor, enough: float
-) -> bool:
-    """Moves what the form trains until log-probabilities differ by `enough`; false where there is nothing to move."""
+) -> None:
+    """Moves what the form trains until log-probabilities differ by `enough`."""
     for seed in range(1, 10):
         shake(policy.model, scale=0.1, seed=seed, where=lambda name: form.part in name)
         if (logprobs(_inferring(context, policy), texts) - base).abs().mean() > enough:
-            return True
-    return any(form.part in name and weight.requires_grad for name, weight in policy.model.named_parameters())
+            return
+
+
+def _parts(policy: LoadedPolicy, form: Form) -> list[str]:
+    """What the form trains of this model: biases, for one, it may have none."""
+    return [name for name, weight in policy.model.named_parameters() if form.part in name and weight.requires_grad]
 
 
 def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
@@ -117,26 +204,28 @@ def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
     return policy.model
 
 
-def _expect_tokenizer(policy: LoadedPolicy, loaded: LoadedPolicy, folder: Path, export_format: str) -> None:
+def _expect_tokenizer(exported: Exported, export_format: str) -> None:
     """The policy's own, in what the backend loads, and for others in the folder (a GGUF file has it within)."""
     from transformers import AutoTokenizer
 
-    found = {"loaded back, the tokenizer": loaded.tokenizer}
+    found = {"loaded back, the tokenizer": exported.loaded.tokenizer}
     if export_format != "gguf":
         try:
-            found["the tokenizer in the saved folder"] = AutoTokenizer.from_pretrained(str(folder))
+            found["the tokenizer in the saved folder"] = AutoTokenizer.from_pretrained(str(exported.folder))
         except Exception as error:
             raise CheckFailed(f"no tokenizer was saved beside the weights: {first_line(error)}") from error
-    wanted = spoken(policy.tokenizer)
+    wanted = spoken(exported.policy.tokenizer)
     for name, tokenizer in found.items():
         other = difference(tokenizer, wanted)
         expect(other is None, f"{name} is not the policy's: {other}")
 
 
-def _adapter(context: Context, policy: LoadedPolicy, folder: Path, expected: Expected, allowed: Tolerance) -> str:
+def _adapter(context: Context, exported: Exported) -> str:
     """An adapter is loaded for inference, or for training on, and says in its file what it is."""
     from peft import PeftConfig
 
+    policy, folder = exported.policy, exported.folder
+    expected, allowed = exported.expected, exported.allowed
     paths = list(folder.rglob("adapter_config.json"))  # PEFT has a folder for an adapter with a name
     expect(len(paths) == 1, f"{len(paths)} files adapter_config.json were saved; one says what the adapter is")
     file: Any = PeftConfig.from_pretrained(str(paths[0].parent))
@@ -170,19 +259,6 @@ def _adapter(context: Context, policy: LoadedPolicy, folder: Path, expected: Exp
 
 def _trainable(policy: LoadedPolicy) -> int:
     return sum(parameter.numel() for parameter in policy.model.parameters() if parameter.requires_grad)
-
-
-def _sixteen_bits(context: Context) -> str:
-    """Whatever the checkpoint is in."""
-    from rlvr.testing.tiny import save_tiny
-
-    for dtype in (torch.bfloat16, torch.float32):
-        checkpoint, folder = save_tiny(context.folder(), dtype=dtype), context.folder()
-        policy = context.adapted(model=checkpoint, dtype="auto")
-        context.backend.save(policy, folder, "merged-16bit")
-        wide = [*wide_matrices(folder)]
-        expect(not wide, f"{len(wide)} weights were not written in 16 bits, for example {wide[:1]}")
-    return "16 bits, of a checkpoint in bfloat16 and of one in float32"
 
 
 def _files(folder: Path) -> list[str]:

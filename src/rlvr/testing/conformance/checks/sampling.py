@@ -1,0 +1,119 @@
+"""Whether rollouts are drawn from the policy that is trained.
+
+They are sampled as in training: the trainer calls `for_training` before the first step, and `for_inference` never.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlvr.backends.protocol import LoadedPolicy
+from rlvr.errors import SamplerDriftError
+from rlvr.testing.conformance.context import CheckFailed, Context, expect, logits
+from rlvr.testing.conformance.trainer import trainer_for
+
+_MOVED = 3  # times the sampler's allowed drift: by so much a step has to move the policy, for staleness to show
+
+_COMPLETIONS = 64  # of 16 tokens at most: enough to tell a temperature of 0.7 from one of 0.8
+_STANDARD_ERRORS = 5  # a right sampler is beyond once in a million
+
+
+def sampler(context: Context) -> str:
+    """Sampled log-probabilities against the training forward's, with transformers' generate and the engine chosen."""
+    from rlvr.trainers.canary import bound_of
+
+    measured = []
+    for engine, temperature in (("generate", 0.7), ("auto", 1.0)):
+        policy = context.adapted()
+        trainer = trainer_for(
+            context, policy, rollout_engine=engine, temperature=temperature, max_steps=1, learning_rate=0.05
+        )
+        off = _expect_drawn(context, policy, trainer, temperature)
+        drifts = [_drift(context, policy, trainer, "before a step")]
+        probe = _training_logprobs(trainer)
+        trainer.train()
+        moved = (_training_logprobs(trainer) - probe).abs().mean().item()
+        bound = bound_of(trainer)
+        expect(
+            moved > _MOVED * bound,
+            f"the step moved the policy by {moved:.2g} nats, too little to tell a stale sampler from the policy",
+        )
+        drifts.append(_drift(context, policy, trainer, f"after a step that moved the policy by {moved:.2g} nats"))
+        measured.append(
+            f"{trainer.engine.name} {drifts[0]:.1g} and {drifts[1]:.1g}, drawn within {abs(off):.1f} errors"
+        )
+    return f"mean difference in nats before and after: {'; '.join(measured)}"
+
+
+def _expect_drawn(context: Context, policy: LoadedPolicy, trainer: Any, temperature: float) -> float:
+    """Tokens are drawn from the policy at this temperature: they have the log-probabilities that it gives them.
+
+    With p the policy's own distribution at a place, and x the token drawn there, log p(x) + H(p) has mean 0 and
+    variance Σ p log² p − H², whatever was drawn before. The sum over places is nearly normal.
+
+    Returns:
+        By how many standard errors the sum is off.
+    """
+    from rlvr.rollout.engine import sample_all
+
+    prompt = _prompt_ids(policy)[0]
+    turns = sample_all(trainer.engine, [prompt] * _COMPLETIONS, max_completion_tokens=16)
+    drawn, meant, variances = [], [], []
+    for turn in turns:
+        row = torch.tensor([prompt + turn.token_ids], device=policy.model.device)
+        values = (logits(context, policy, row)[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        mean = (values.exp() * values).sum(-1)
+        drawn.append(values.gather(-1, torch.tensor(turn.token_ids)[:, None]).squeeze(-1))
+        meant.append(mean)
+        variances.append((values.exp() * values**2).sum(-1) - mean**2)
+    context.backend.for_training(policy)
+    found, expected = torch.cat(drawn), torch.cat(meant)
+    off = ((found - expected).sum() / torch.cat(variances).sum() ** 0.5).item()
+    expect(
+        abs(off) <= _STANDARD_ERRORS,
+        f"{trainer.engine.name} does not draw from the policy at temperature {temperature:g}: {len(found)} tokens "
+        f"have a mean log-probability of {found.mean():.3f}, and should have {expected.mean():.3f}: {abs(off):.0f} "
+        f"standard errors off; allowed: {_STANDARD_ERRORS}. Is the temperature, top_k or top_p another one?",
+    )
+    return off
+
+
+def _drift(context: Context, policy: LoadedPolicy, trainer: Any, when: str) -> float:
+    from rlvr.rollout.engine import sample_all
+    from rlvr.trainers.canary import check_sampler, check_samples
+    from rlvr.trainers.reference import dropout_off
+
+    prompts = _prompt_ids(policy)
+    turns = sample_all(trainer.engine, prompts, max_completion_tokens=8)
+    ids = [turn.token_ids for turn in turns]
+    samples = (prompts, ids, [[1] * len(row) for row in ids])
+    logprobs = [turn.logprobs for turn in turns if turn.logprobs is not None]
+    try:
+        with dropout_off(policy.model):  # as the trainer does
+            found = [check_samples(trainer, *samples)]
+            if logprobs:
+                found.append(check_sampler(trainer, *samples, logprobs))
+    except SamplerDriftError as error:
+        raise CheckFailed(f"{when}: {error}") from error
+    return max(drift.mean_difference for drift in found if drift is not None)
+
+
+def _training_logprobs(trainer: Any) -> torch.Tensor:
+    """What the training forward gives for fixed tokens."""
+    from rlvr.trainers.reference import dropout_off
+
+    prompts = [ids[:8] for ids in _prompt_ids_of(trainer.processing_class)]
+    ids = torch.tensor(prompts, device=trainer.accelerator.device)
+    with torch.no_grad(), dropout_off(trainer.model):
+        values, *_ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 7)
+    return values.float().cpu()
+
+
+def _prompt_ids(policy: LoadedPolicy) -> list[list[int]]:
+    return _prompt_ids_of(policy.tokenizer)
+
+
+def _prompt_ids_of(tokenizer: Any) -> list[list[int]]:
+    return tokenizer(["What is two plus three?", "Say something about the number seven, then stop."])["input_ids"]
