@@ -44,7 +44,7 @@ def test_a_model_with_dropout_of_its_own_is_no_fault(tmp_path):
     assert report.ok, str(report)
     messages = {result.name: result.message for result in report.results}
     for name in ("gradients", "reference-is-start"):
-        assert "of a tiny model, since the one given cannot be compared" in messages[name]
+        assert "of a tiny model, since the one given has dropout of its own" in messages[name]
     assert "of a tiny model" not in messages["log-probabilities"]
 
 
@@ -54,7 +54,17 @@ def test_a_model_that_transformers_alone_cannot_read_is_no_fault(tmp_path):
     assert report.ok, str(report)
     messages = {result.name: result.message for result in report.results}
     for name in ("tokenizer", "log-probabilities", "gradients"):
-        assert "of a tiny model, since the one given cannot be compared" in messages[name]
+        assert "of a tiny model, since the one given cannot be loaded by transformers alone" in messages[name]
+
+
+def test_a_failure_says_so_where_a_model_has_what_the_checks_cannot_judge(tmp_path):
+    shape = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 8}
+    model = str(save_tiny(tmp_path / "model", "qwen3_moe", **shape, **LIVELY))
+    report = check_backend(HFBackend(), model=model, only=["lora-alpha", "lora-dora", "log-probabilities"])
+    assert len(report.failures) == 3
+    for result in report.failures:
+        assert "cannot judge it on 4 others of this model, for example model.layers.0.mlp.experts." in result.message
+        assert "Leave --model out" in result.message
 
 
 def test_an_oracle_that_has_ended_says_nothing_about_a_model(tmp_path, monkeypatch):

@@ -6,18 +6,19 @@ import pickle
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlvr.backends.protocol import LoraSettings
 from rlvr.errors import RlvrError
 
 if TYPE_CHECKING:
     import torch
 
-    from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings, ModelBackend
+    from rlvr.backends.protocol import Capabilities, LoadedPolicy, ModelBackend
 
 LIVELY: dict[str, Any] = {
     "initializer_range": 0.2
@@ -71,7 +72,26 @@ class Context:
 
     def note_on(self, model: str) -> str:
         """The end of a measurement, which says so if it is of another model than was given."""
-        return "" if model == self.model else "; of a tiny model, since the one given cannot be compared"
+        if model == self.model:
+            return ""
+        readable = self.readable_model == self.model
+        why = "has dropout of its own" if readable else "cannot be loaded by transformers alone"
+        return f"; of a tiny model, since the one given {why}"
+
+    @cached_property
+    def unjudged(self) -> str:
+        """The end of a finding: what of the model given the checks cannot judge. Empty if that is nothing."""
+        other: list[str] = []
+        if self.given_model is not None and self.backend is not None:
+            with suppress(Exception):  # it may fail to load, which is the finding then
+                layers = lora_layers(self.policy(LoraSettings(r=4)).model)
+                other = [name for name, layer in layers.items() if not hasattr(layer.get_base_layer(), "in_features")]
+        if not other:
+            return ""
+        return (
+            f" (These checks know LoRA on linear layers alone, and cannot judge it on {len(other)} others of this "
+            f"model, for example {other[0]}. Leave --model out to check the backend.)"
+        )
 
     @cached_property
     def capabilities(self) -> Capabilities:
@@ -89,8 +109,6 @@ class Context:
 
     def adapted(self, lora: LoraSettings | None = None, **settings: Any) -> LoadedPolicy:
         """A policy whose adapter does something, as after training."""
-        from rlvr.backends.protocol import LoraSettings
-
         policy = self.policy(lora or LoraSettings(r=4, alpha=8), **settings)
         shake(policy.model)
         return policy

@@ -308,11 +308,11 @@ def run_check(check: Check, context: Context) -> CheckResult:
         with _reproducible():
             measured = run(context) if check.argument is None else run(context, check.argument)
     except CheckFailed as failure:
-        return make_result(check, time.monotonic() - began, failure=str(failure))
+        return make_result(check, time.monotonic() - began, failure=f"{failure}{context.unjudged}")
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         words = f"{type(error).__name__}: {first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
-        return make_result(check, time.monotonic() - began, failure=words)
+        return make_result(check, time.monotonic() - began, failure=words + context.unjudged)
     return make_result(check, time.monotonic() - began, measured=measured)
 
 
