@@ -31,6 +31,10 @@ class PlainSGD(HFBackend):
         return (*super().training_arguments(policy), ArgumentChange("optim", "sgd", "it takes no memory"))
 
 
+class PlainSGDInHalf(PlainSGD, BFloat16Only):
+    """Its steps are smaller than rounding, unless they are made larger."""
+
+
 class RefusesOwnCode(HFBackend):
     """A model that comes with code, unless it may run."""
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from right_backends import BFloat16Only, PlainSGD, ReadsFilesOfItsOwn, RefusesOwnCode, RoundsToFewBits
+from right_backends import BFloat16Only, PlainSGD, PlainSGDInHalf, ReadsFilesOfItsOwn, RefusesOwnCode, RoundsToFewBits
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.testing.conformance import check_backend
@@ -19,6 +19,7 @@ QUANTIZED = ("setting-quantization", "memory-in-use", "trains-adapter-only", "ex
 RIGHT = {
     BFloat16Only: ("settings", "lora", "policy", "training", "saving"),
     PlainSGD: ("training",),
+    PlainSGDInHalf: ("training",),
     RefusesOwnCode: ("settings",),
     RoundsToFewBits: QUANTIZED,
 }

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 STEPS = 2
 
+LEARNING_RATES = (0.05, 3.0)
+"""In turn, where a step has to move the policy: plain SGD, with clipped gradients, needs the second."""
+
 
 def trainer_for(
     context: Context,
