@@ -54,7 +54,7 @@ ALPHA_MULTIPLIER = 2  # Unsloth recommends an alpha of twice the rank
 MAX_LORA_RANK = 64  # vLLM reserves room for adapters of this rank when the model is loaded
 
 _SAVE_METHODS: dict[str, str] = {"adapter": "lora", "merged-16bit": "merged_16bit"}
-_NO_BASE = ["*.gguf", "*.onnx", "*.h5", "*.msgpack"]  # forms of a model that are not loaded
+_NO_BASE = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth"]  # forms of a model that are not loaded
 _OTHER_FORMATS = "merged-4bit and gguf are not part of this backend: quantize or convert a merged-16bit model."
 
 
