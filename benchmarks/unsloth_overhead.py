@@ -1,6 +1,6 @@
 """What our layer costs over a script of Unsloth's own: both in one process, in turn.
 
-    python benchmarks/unsloth_overhead.py --shape 1.5b --prompt-tokens 64 --completion-tokens 8 --turns 40   # on a GPU
+    python benchmarks/unsloth_overhead.py --shape 1.5b --prompt-tokens 64 --completion-tokens 8 --turns 30   # on a GPU
     python benchmarks/unsloth_overhead.py --shape 1.5b --turns 3
 
 The peers `unsloth` and `rlvr-unsloth` of step.py, each with a model of its own and with the rollouts and the forward
@@ -8,6 +8,7 @@ of Unsloth, take an optimizer step each, `--turns` times; in every second turn t
 warms up by two steps. Ours makes the records of its rollouts, with the hash of the weights, as a run does, and does
 not write them. A step is all from its first micro-batch to the end of its optimizer update.
 
+Says the seconds of each turn as it goes; ended early (Ctrl-C, SIGTERM), it reports the turns that were made.
 Prints a JSON line: the seconds of each step, the medians, and `difference_s`, the median over the turns of ours minus
 the other's, with its 95% confidence interval, which supposes nothing about how seconds are spread: a host that is busy
 with something else for a moment makes one turn of many. What our layer does in a step depends on its rows and
@@ -20,9 +21,12 @@ import argparse
 import json
 import math
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import step as benchmark
@@ -56,14 +60,21 @@ def main() -> None:
         for trainer in trainers.values():  # compiles, allocates
             seconds_of_a_step(trainer), seconds_of_a_step(trainer)
         seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
-        for turn in range(options.turns):
-            for peer in PEERS if turn % 2 == 0 else reversed(PEERS):
-                seconds[peer].append(seconds_of_a_step(trainers[peer]))
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):  # what there is by then counts
+            for turn in range(options.turns):
+                for peer in PEERS if turn % 2 == 0 else reversed(PEERS):
+                    seconds[peer].append(seconds_of_a_step(trainers[peer]))
+                said = ", ".join(f"{peer} {of_peer[-1]:.3f} s" for peer, of_peer in seconds.items())
+                print(f"turn {turn + 1} of {options.turns}: {said}", file=sys.stderr, flush=True)
+    turns = min(map(len, seconds.values()))
+    seconds = {peer: of_peer[:turns] for peer, of_peer in seconds.items()}
     medians = {peer: statistics.median(of_peer) for peer, of_peer in seconds.items()}
     differences = [ours - theirs for theirs, ours in zip(*(seconds[peer] for peer in PEERS), strict=True)]
     line = json.dumps(
         {
             **{name: value for name, value in vars(options).items() if name not in ("models", "out")},
+            "turns": turns,
             "each_step_s": {peer: [round(s, 3) for s in of_peer] for peer, of_peer in seconds.items()},
             "step_s": medians,
             "difference_s": statistics.median(differences),

@@ -7,6 +7,7 @@ import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, Qwen2Config, Qwen2ForSequenceClassification
+from transformers.utils.quantization_config import QuantizationMethod
 
 from rlvr.errors import UnsupportedSettingError
 from rlvr.rollout.engine import SamplingSettings
@@ -147,6 +148,23 @@ def test_dtypes_that_are_brought_together_are_taken():
     head = model.lm_head.float()
     head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight)
     assert problem(model) is None
+
+
+@pytest.mark.parametrize(
+    ("loaded", "method", "reason"),
+    [
+        ("is_loaded_in_4bit", "bitsandbytes", None),
+        ("is_loaded_in_8bit", "bitsandbytes", "8-bit weights synchronise with the host in every layer"),
+        ("is_quantized", "gptq", "weights quantized by gptq are not tested"),
+    ],
+)
+def test_quantized_weights_that_no_graph_can_hold_are_refused(loaded, method, reason):
+    """As transformers marks them; bitsandbytes itself needs a GPU."""
+    model = tiny_model(layers=1)
+    setattr(model, loaded, True)
+    model.quantization_method = QuantizationMethod(method)
+    found = problem(model)
+    assert found is None if reason is None else reason in found
 
 
 def test_the_engine_refuses_what_it_cannot_run():

@@ -27,7 +27,7 @@ def unsupported(model: Any, sampling: SamplingSettings) -> str | None:
     inner = causal_lm(model)
     checks = (
         *(_wrapper_problem, _patch_problem, _architecture_problem, _position_problem),
-        *(configuration_problem, _placement_problem, _dtype_problem),
+        *(configuration_problem, _placement_problem, _dtype_problem, _quantization_problem),
     )
     return next((problem for check in checks if (problem := check(inner)) is not None), None) or _hook_problem(model)
 
@@ -138,6 +138,16 @@ def _dtype_problem(model: Any) -> str | None:
     if len(dtypes) > 1:
         return f"the weights are of several dtypes: {', '.join(sorted(str(d).removeprefix('torch.') for d in dtypes))}"
     return None
+
+
+def _quantization_problem(model: Any) -> str | None:
+    """Of bitsandbytes the 4-bit layers are tested; those in 8 bits ask the host which columns to compute apart."""
+    method = getattr(model, "quantization_method", None)
+    if method is None or getattr(model, "is_loaded_in_4bit", False):
+        return None
+    if getattr(model, "is_loaded_in_8bit", False):
+        return "8-bit weights synchronise with the host in every layer, so that no CUDA graph can hold them"
+    return f"weights quantized by {getattr(method, 'value', method)} are not tested"
 
 
 def _hook_problem(model: Any) -> str | None:
