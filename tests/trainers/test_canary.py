@@ -78,6 +78,8 @@ def test_the_bound_is_that_of_the_coarsest_dtype(weights, bf16, fp16, bound):
     assert bound_of(SimpleNamespace(model=model, args=args, use_vllm=False)) == bound
     halved = 1e-1 if weights == torch.float32 else bound  # vLLM samples from float32 weights in bfloat16
     assert bound_of(SimpleNamespace(model=model, args=args, use_vllm=True)) == halved
+    model.is_loaded_in_8bit = True
+    assert bound_of(SimpleNamespace(model=model, args=args, use_vllm=False)) == 1e-1
 
 
 # Whether tokens are the policy's, from the tokens alone.

@@ -40,11 +40,14 @@ _TILTS = tuple(sign * 2.0**-power for sign in (-1, 1) for power in range(1, 7))
 
 def computed_in(trainer: Any) -> torch.dtype:
     """The coarsest dtype of the training forward, that of its autocast, where there is one, or of the weights, and of
-    the sampler: vLLM, unless told otherwise, computes with float32 weights in bfloat16.
+    the sampler: vLLM, unless told otherwise, computes with float32 weights in bfloat16. What 8-bit layers make of one
+    row depends a little on the others, whatever the other layers are in.
 
     Unsloth's trainer switches autocast on for float32 weights, in its arguments.
     """
     dtypes = [trainer.model.dtype] + [torch.bfloat16] * trainer.args.bf16 + [torch.float16] * trainer.args.fp16
+    if getattr(trainer.model, "is_loaded_in_8bit", False):
+        dtypes.append(torch.bfloat16)
     if trainer.use_vllm and trainer.model.dtype == torch.float32:
         dtypes.append(torch.bfloat16)
     return max(dtypes, key=_bound)
