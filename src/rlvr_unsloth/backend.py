@@ -23,7 +23,7 @@ unsloth = import_unsloth()
 
 import numpy  # noqa: E402
 import torch  # noqa: E402
-from huggingface_hub import snapshot_download  # noqa: E402
+from huggingface_hub import is_offline_mode, snapshot_download  # noqa: E402
 
 from rlvr.backends.checks import (  # noqa: E402
     check_lora_target,
@@ -404,7 +404,12 @@ def _base_of_adapter(settings: ModelSettings) -> str:
     if settings.revision is None or Path(settings.model).is_dir():
         return settings.model
     with loading_errors(settings.model):
-        return snapshot_download(settings.model, revision=settings.revision, ignore_patterns=_NO_BASE)
+        return snapshot_download(
+            settings.model,
+            revision=settings.revision,
+            ignore_patterns=_NO_BASE,
+            local_files_only=is_offline_mode(),  # of a commit it would ask for a list of files all the same
+        )
 
 
 def _inference_notes(settings: ModelSettings, fast_inference: bool) -> list[str]:

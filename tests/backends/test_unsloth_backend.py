@@ -249,7 +249,8 @@ def test_an_adapter_goes_onto_the_model_that_is_named_not_the_one_it_remembers(b
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text()) == remembered
 
 
-def test_an_adapter_goes_onto_the_revision_that_is_named(backend, settings, tmp_path, monkeypatch):
+@pytest.mark.parametrize("revision", ["other", "1" * 40])
+def test_an_adapter_goes_onto_the_revision_that_is_named(backend, settings, tmp_path, monkeypatch, revision):
     """Given as a folder, since Unsloth on a GPU loads a Hub model's default branch under every adapter."""
     backend.save(train_adapter(backend.apply_lora(backend.load_policy(settings), LoraSettings(r=4))), tmp_path / "a")
     repository, commit = tmp_path / "hub" / "models--org--tiny", "1" * 40
@@ -258,7 +259,7 @@ def test_an_adapter_goes_onto_the_revision_that_is_named(backend, settings, tmp_
     (repository / "refs" / "other").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    named = ModelSettings(model="org/tiny", revision="other")
+    named = ModelSettings(model="org/tiny", revision=revision)
     with backend_module._adapter_on(tmp_path / "a", named) as staged:
         config = json.loads((staged / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (str(snapshot), None)
@@ -266,7 +267,7 @@ def test_an_adapter_goes_onto_the_revision_that_is_named(backend, settings, tmp_
     base = load_backend("hf").load_policy(ModelSettings(model=str(snapshot)))
     assert torch.equal(layer(loaded).base_layer.weight, layer(base).weight)
     said = loaded.model.peft_config["default"]
-    assert (said.base_model_name_or_path, said.revision) == ("org/tiny", "other")
+    assert (said.base_model_name_or_path, said.revision) == ("org/tiny", revision)
 
 
 def test_a_merged_model_is_the_base_plus_ba(backend, settings, tmp_path):
