@@ -6,8 +6,8 @@
 #   benchmarks/gpu.sh OUT sizes      larger groups, a larger model
 #   benchmarks/gpu.sh OUT engine     rollouts alone, with and without compilation
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
-# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About six,
-# seven, three, two and eight minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
+# OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About seven
+# (nine with vLLM), nine, three, two and eleven minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
 # costs a step a tenth.
 set -u
 cd "$(dirname "$0")/.."
