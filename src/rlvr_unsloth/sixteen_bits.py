@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+
+from rlvr.backends.checks import matrix_dtypes
 
 _WIDE = ("F32", "F64")  # as safetensors names them
 
@@ -17,12 +18,12 @@ _WIDE = ("F32", "F64")  # as safetensors names them
 def round_to_16_bits(folder: Path, dtype: torch.dtype) -> None:
     """Rewrites a merged model that has matrices wider than 16 bits, with those in `dtype`; where all are, vectors too.
     Beside 16-bit matrices the vectors stay, since some models want them in float32."""
-    shards = sorted(folder.glob("*.safetensors"))
-    wide = [is_wide for shard in shards for is_wide in _wide_matrices(shard)]
+    floats = [dtype for dtype in matrix_dtypes(folder).values() if dtype.startswith(("F", "BF"))]
+    wide = [dtype in _WIDE for dtype in floats]
     if not any(wide):
         return
     total, least = 0, 1 if all(wide) else 2  # dimensions of what is rounded
-    for shard in shards:
+    for shard in sorted(folder.glob("*.safetensors")):
         tensors = load_file(shard)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and tensor.dim() >= least:
@@ -31,14 +32,6 @@ def round_to_16_bits(folder: Path, dtype: torch.dtype) -> None:
         total += sum(tensor.nbytes for tensor in tensors.values())
     _edit(folder / "config.json", lambda config: config.update(_named(config, dtype)))
     _edit(folder / "model.safetensors.index.json", lambda index: index["metadata"].update(total_size=total))
-
-
-def _wide_matrices(path: Path) -> list[bool]:
-    """Of each matrix of floating-point numbers in the file."""
-    with safe_open(path, framework="pt") as file:
-        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118 (it is no dictionary)
-    dtypes = [part.get_dtype() for part in slices if len(part.get_shape()) > 1]
-    return [dtype in _WIDE for dtype in dtypes if dtype.startswith(("F", "BF"))]
 
 
 def _named(config: dict[str, Any], dtype: torch.dtype) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`rlvr.export`: what it writes is the trained policy, and what is not is found and leaves nothing behind."""
 
-import copy
 import json
 import shutil
 from dataclasses import replace
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from faulty_tokenizers import SavesOtherEnd, SavesOtherTemplate
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors import SafetensorError
@@ -157,20 +157,6 @@ class WritesNoTokenizer(HFBackend):
             path.unlink()
 
 
-class WritesAnotherTemplate(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        tokenizer = copy.deepcopy(policy.tokenizer)
-        tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
-
-
-class WritesAnotherEos(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        tokenizer = copy.deepcopy(policy.tokenizer)
-        tokenizer.eos_token = tokenizer.pad_token
-        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
-
-
 class FailsMidway(HFBackend):
     error: Exception = OSError(28, "No space left on device")
 
@@ -206,9 +192,9 @@ class IsInterrupted(FailsMidway):
         ),
         (NamesAnotherRevision(), "adapter", ExportError, "names the revision 'v2' of its base, and the run.*on None"),
         (WritesNoTokenizer(), "adapter", ExportError, "holds no tokenizer that transformers can load"),
-        (WritesAnotherTemplate(), "merged-16bit", ExportError, "chat template is another than the trained policy's"),
-        (WritesAnotherTemplate(), "adapter", ExportError, "chat template is another than the trained policy's"),
-        (WritesAnotherEos(), "merged-16bit", ExportError, r"ends a turn with '<\|endoftext\|>', and the trained"),
+        (SavesOtherTemplate(), "merged-16bit", ExportError, "chat template is another than the trained policy's"),
+        (SavesOtherTemplate(), "adapter", ExportError, "chat template is another than the trained policy's"),
+        (SavesOtherEnd(), "merged-16bit", ExportError, r"ends a turn with '<\|endoftext\|>', and the trained"),
         (FailsMidway(), "merged-16bit", ExportError, "the export cannot be written: .*No space left"),
         (DiskIsFull(), "merged-16bit", ExportError, "the export cannot be written: .*No space left"),
         (IsInterrupted(), "adapter", KeyboardInterrupt, ""),

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from faulty_tokenizers import OTHER_TEMPLATE, SavesOtherEnd, SavesOtherTemplate
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -196,9 +197,6 @@ class LoadsWithoutSayingLora(HFBackend):
         return replace(super().load_saved(folder, settings, trainable=trainable), lora=None)
 
 
-OTHER_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-
-
 class ReplacesTemplate(HFBackend):
     def load_policy(self, settings):
         policy = super().load_policy(settings)
@@ -227,20 +225,6 @@ class SavesNoTokenizer(HFBackend):
         super().save(policy, folder, export_format)
         for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
             (Path(folder) / name).unlink()
-
-
-class SavesOtherTemplate(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        tokenizer = copy.deepcopy(policy.tokenizer)
-        tokenizer.chat_template = OTHER_TEMPLATE
-        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
-
-
-class SavesOtherEnd(HFBackend):
-    def save(self, policy, folder, export_format="adapter"):
-        tokenizer = copy.deepcopy(policy.tokenizer)
-        tokenizer.eos_token = tokenizer.pad_token
-        super().save(replace(policy, tokenizer=tokenizer), folder, export_format)
 
 
 SAVING_FAULTS = {

@@ -278,6 +278,19 @@ def weights_in_bytes(model: torch.nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
+def matrix_dtypes(folder: Path) -> dict[str, str]:
+    """Name → dtype, as safetensors has it, of a saved model's matrices. Vectors are left out: norms may be kept in
+    float32, as some models ask for."""
+    from safetensors import safe_open
+
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+        found.update({name: part.get_dtype() for name, part in slices.items() if len(part.get_shape()) > 1})
+    return found
+
+
 # LoRA
 
 

@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlvr.backends.checks import matrix_dtypes
 from rlvr.exporting.texts import FIXED
 
 if TYPE_CHECKING:
@@ -77,17 +78,8 @@ def _dtype_problems(folder: Path) -> list[str]:
 
 
 def wide_matrices(folder: Path) -> dict[str, str]:
-    """Name → dtype, as safetensors has it, of a saved model's matrices that are not 16-bit floating point. Vectors are
-    left out: a backend may keep norms in float32, as some models ask for."""
-    from safetensors import safe_open
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
-        matrices = {name: part.get_dtype() for name, part in slices.items() if len(part.get_shape()) > 1}
-        found.update({name: dtype for name, dtype in matrices.items() if dtype not in _SIXTEEN_BIT})
-    return found
+    """Those of `matrix_dtypes` that are not 16-bit floating point."""
+    return {name: dtype for name, dtype in matrix_dtypes(folder).items() if dtype not in _SIXTEEN_BIT}
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -178,10 +178,10 @@ def check_base_commit(record: Mapping[str, Any] | None, revision: str | None) ->
     Raises:
         ModelError: that is another commit than the record's.
     """
-    if record is None or record["commit"] is None:
+    if record is None:
         return
-    now = cached_commit(record["model"], revision)
-    if now not in (None, record["commit"]):
+    now = _other_commit(record, revision)
+    if now is not None:
         raise ModelError(
             f"the base model {record['model']!r} has moved: the run was trained on commit {record['commit']}, and "
             f"{revision or 'its default branch'} is {now} now. Give --revision {record['commit']}."
@@ -199,9 +199,14 @@ def base_difference(record: Mapping[str, Any], model: str, revision: str | None)
         return f"other files, or missing: {', '.join(changed)}" if changed else None
     if model != record["model"]:
         return f"that is {record['model']!r}"
-    now = cached_commit(model, revision)
-    other = record["commit"] is not None and now not in (None, record["commit"])
-    return f"commit {now} instead of {record['commit']}" if other else None
+    now = _other_commit(record, revision)
+    return f"commit {now} instead of {record['commit']}" if now is not None else None
+
+
+def _other_commit(record: Mapping[str, Any], revision: str | None) -> str | None:
+    """The commit of the record's Hub model at this revision, where both are known and it is not the record's."""
+    now = cached_commit(record["model"], revision) if record["commit"] is not None else None
+    return now if now != record["commit"] else None
 
 
 def exact_revision(record: Mapping[str, Any] | None) -> str | None:
