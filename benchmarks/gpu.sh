@@ -43,7 +43,7 @@ engine() {
 checks() { # at the same time: nothing of them is timed
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=8
   for backend in hf unsloth; do
-    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 4 \
+    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 5 \
       > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do
