@@ -100,6 +100,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
         from rlvr.trainers.checked_rewards import batch_reward, checked
         from rlvr.trainers.env_dataset import ExampleStore
         from rlvr.trainers.plain_head import provide_plain_head
+        from rlvr.trainers.trained_dtypes import keep_dtypes, rounding_notice, trained_as_given
         from rlvr.trainers.trl_seams import require_seams
 
         require_seams(trl.GRPOTrainer)
@@ -142,6 +143,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             args.beta, args.sync_ref_model = 0.0, False
         elif args.beta != 0.0 and self._on_unsloth_trainer:
             require_fresh_adapter_for_base_reference(model)
+        given = trained_as_given(prepared.model)
         super().__init__(
             model=prepared.model,
             reward_funcs=functions or None,
@@ -158,6 +160,10 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if not self.is_fsdp_enabled:  # which wants one dtype for all it shards together
+            keep_dtypes(self.model, given, wrapped=prepared.peft_config is not None)
+        if not self.is_deepspeed_enabled and (notice := rounding_notice(self.model)):  # it keeps copies in float32
+            logger.warning(notice)
         if own_reference:
             self._set_own_reference(beta, syncs)
         else:
