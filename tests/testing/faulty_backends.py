@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -88,6 +89,41 @@ class EngineInName(HFBackend):
         return replace(policy, settings=settings)
 
 
+class EngineThatNobodyAsks(EngineInName):
+    """It generates; rollouts are sampled without it."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        if settings.fast_inference == "on":
+            policy.model.vllm_engine = SimpleNamespace(generate=policy.model.generate)
+        return policy
+
+
+class LeavesItsDtypeBehind(HFBackend):
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        torch.set_default_dtype(policy.model.dtype)
+        return policy
+
+
+class StopsToCheckpoint(HFBackend):
+    """Once it has inferred; the trainer is told that the model checkpoints."""
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        if policy.settings.gradient_checkpointing:
+            policy.model.gradient_checkpointing_enable()
+        return policy
+
+    def training_arguments(self, policy):
+        others = [c for c in super().training_arguments(policy) if not c.name.startswith("gradient_checkpointing")]
+        return (*others, ArgumentChange("gradient_checkpointing", False, "it is in the model"))
+
+    def for_inference(self, policy):
+        super().for_inference(policy)
+        policy.model.gradient_checkpointing_disable()
+
+
 class LoadsAnotherCopy(HFBackend):
     """Another model than was asked for, and `LoadedPolicy.settings` says which."""
 
@@ -166,6 +202,26 @@ class HalvesGradients(HFBackend):
         return policy
 
 
+class OverwritesGradients(HFBackend):
+    """Of several micro-batches the last one's are left."""
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient, parameter=parameter: setattr(parameter, "grad", None))
+        return policy
+
+
+class AdapterInHalf(HFBackend):
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(policy.model.dtype)
+        return policy
+
+
 class CountsParametersNotBytes(HFBackend):
     def memory_in_use(self, policy):
         return sum(parameter.numel() for parameter in policy.model.parameters())
@@ -228,13 +284,16 @@ BACKEND_FAULTS = {
     LoadsTheFirstModelAgain: "setting-model",
     LoadsAnotherCopy: "setting-model",
     IgnoresDtype: "setting-dtype",
+    LeavesItsDtypeBehind: "setting-dtype",
     IgnoresAttention: "setting-attention",
     CutsTheContextInSilence: "setting-max-seq-length",
     TrustsEveryone: "setting-trust-remote-code",
     ClaimsAnEngine: "setting-fast-inference",
     EngineInName: "setting-fast-inference",
+    EngineThatNobodyAsks: "setting-fast-inference",
     CheckpointsAlways: "setting-gradient-checkpointing",
     CheckpointsNothing: "setting-gradient-checkpointing",
+    StopsToCheckpoint: "setting-gradient-checkpointing",
     AcceptsMissingDevices: "setting-device",
     DrawsFromTheGlobalState: "setting-seed",
     SeedsPython: "setting-seed",
@@ -242,6 +301,8 @@ BACKEND_FAULTS = {
     ForgetsOldTokens: "log-probabilities",
     StretchesPositions: "log-probabilities",
     HalvesGradients: "gradients",
+    OverwritesGradients: "gradients",
+    AdapterInHalf: "gradients",
     CountsParametersNotBytes: "memory-in-use",
     TakesEveryWeightForFloat32: "memory-in-use",
     CountsNoAdapter: "memory-in-use",

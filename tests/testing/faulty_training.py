@@ -83,6 +83,21 @@ class OtherTemperature(SamplesByItself):
     option: ClassVar = {"temperature": 0.5}
 
 
+class ForgetsWhereItIs(HFBackend):
+    """With a cache it knows 128 positions, and takes the last one for all beyond."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+
+        def clamp(module, args, kwargs):
+            if kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"].shape[1] == 1:
+                kwargs["position_ids"] = kwargs["position_ids"].clamp(max=127)
+            return args, kwargs
+
+        policy.model.model.register_forward_pre_hook(clamp, with_kwargs=True)
+        return policy
+
+
 class IgnoresTemperature(SamplesByItself):
     option: ClassVar = {"temperature": 1.0}
 
@@ -126,6 +141,7 @@ TRAINING_FAULTS = {
     SynchronisesForInferenceOnly: "sampler-is-policy",
     OtherTemperature: "sampler-is-policy",
     IgnoresTemperature: "sampler-is-policy",
+    ForgetsWhereItIs: "sampler-is-policy",
     NearlyGreedy: "sampler-is-policy",
     MovesTheReference: "reference-is-start",
     DropsBeta: "reference-is-start",

@@ -116,6 +116,12 @@ def test_a_backend_object_is_checked_in_this_process_without_what_needs_a_fresh_
     assert report.ok
 
 
+def test_a_model_that_is_not_there_is_not_replaced_by_a_tiny_one():
+    (result,) = check_backend(HFBackend(), model="/nowhere", only=["tokenizer"]).results
+    assert not result.passed
+    assert "'/nowhere' does not exist" in result.message
+
+
 def test_unknown_checks_and_backends_are_refused():
     with pytest.raises(ConfigError, match=r"unknown check 'dtypes'; groups: plugin"):
         check_backend("hf", only=["dtypes"])

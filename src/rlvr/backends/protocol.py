@@ -200,7 +200,7 @@ class ModelBackend(Protocol):
         ...
 
     def apply_lora(self, policy: LoadedPolicy, lora: LoraSettings) -> LoadedPolicy:
-        """Puts one fresh adapter on `policy.model`. `lora` of the result says what was applied."""
+        """Puts one fresh adapter, in float32, on `policy.model`. `lora` of the result says what was applied."""
         ...
 
     def training_arguments(self, policy: LoadedPolicy) -> tuple[ArgumentChange, ...]:

@@ -59,10 +59,13 @@ class Context:
 
     @cached_property
     def readable_model(self) -> str:
-        """The model, or a tiny one where transformers alone cannot load it, to compare the backend with."""
+        """The model, or a tiny one where the backend loads it and transformers alone cannot, to compare with."""
         from rlvr.testing.conformance.reference import is_readable
 
-        return self.model if self.given_model is None or is_readable(self.model) else str(self.tiny())
+        if self.given_model is None or is_readable(self.model):
+            return self.model
+        self.policy()  # raises for one that is not there
+        return str(self.tiny())
 
     @cached_property
     def model_without_dropout(self) -> str:

@@ -10,7 +10,7 @@ import torch
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.settings import FLOATS
 from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, quantized, token_logprobs, tokens
-from rlvr.testing.conformance.reference import Reference, own_tokenizer
+from rlvr.testing.conformance.reference import Pairs, Reference, own_tokenizer
 from rlvr.testing.conformance.spoken import difference
 
 LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
@@ -81,10 +81,11 @@ def tokenizer(context: Context) -> str:
 
 
 def gradients(context: Context) -> str:
-    """With gradient checkpointing as the backend does it by default, in training mode."""
+    """With gradient checkpointing as the backend does it by default, in training mode; of one pass and of two."""
     measured, model = [], context.model_without_dropout
     for dtype in dtypes_to_compare(context):
         policy = context.adapted(model=model, dtype=dtype)
+        _expect_fine_grained(policy, dtype)
         ids = tokens(policy)
         loss, wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).loss_and_gradients(ids)
         found_loss, found = _gradients(context, policy, ids)
@@ -94,21 +95,46 @@ def gradients(context: Context) -> str:
         )
         without = [name for name, (a, b) in found.items() if a is None or b is None]
         expect(not without, f"{dtype}: {len(without)} adapted layers got no gradient, for example {without[:1]}")
-        pairs = [(x, y) for name in wanted for x, y in zip(found[name], wanted[name], strict=True) if x is not None]
-        difference = sum(((x - y) ** 2).sum() for x, y in pairs) ** 0.5
-        error = float(difference / sum((y**2).sum() for _, y in pairs) ** 0.5)
+        error = _relative_difference(found, wanted)
         expect(
             error <= allowed,
             f"{dtype}: the adapter's gradients differ from the float32 reference by {error:.2g} of their norm; "
             f"allowed: {allowed:g}",
         )
+        _, found = _gradients(context, policy, ids)
+        error = _relative_difference(found, {name: (2 * a, 2 * b) for name, (a, b) in wanted.items()})
+        expect(
+            error <= allowed,
+            f"{dtype}: after a second backward pass the adapter's gradients are not the sum of both, but "
+            f"{error:.2g} of its norm off; allowed: {allowed:g}. Are gradients written where they should be added?",
+        )
         measured.append(f"{dtype} {error:.1g}")
     return f"relative difference: {', '.join(measured)}{context.note_on(model)}"
 
 
-def _gradients(
-    context: Context, policy: LoadedPolicy, ids: torch.Tensor
-) -> tuple[float, dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]]:
+def _expect_fine_grained(policy: LoadedPolicy, dtype: str) -> None:
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    coarse = [name for name, weight in trained.items() if weight.dtype != torch.float32]
+    expect(
+        not coarse,
+        f"{dtype}: {len(coarse)} of {len(trained)} adapter tensors are not in float32, for example {coarse[:1]}: "
+        "in half precision small updates are rounded away",
+    )
+
+
+Gradients = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]
+"""Of A and B, by the name of their layer."""
+
+
+def _relative_difference(found: Gradients, wanted: Pairs) -> float:
+    """The norm of the difference over that of what is wanted, all factors together."""
+    pairs = [(x, y) for name in wanted for x, y in zip(found[name], wanted[name], strict=True) if x is not None]
+    difference = sum(((x - y) ** 2).sum() for x, y in pairs) ** 0.5
+    return float(difference / sum((y**2).sum() for _, y in pairs) ** 0.5)
+
+
+def _gradients(context: Context, policy: LoadedPolicy, ids: torch.Tensor) -> tuple[float, Gradients]:
+    """The loss of one more backward pass, and the gradients after it."""
     context.backend.for_training(policy)
     with torch.random.fork_rng():
         loss = policy.model(input_ids=ids, labels=ids).loss

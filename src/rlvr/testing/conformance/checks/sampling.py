@@ -16,6 +16,7 @@ from rlvr.testing.conformance.trainer import LEARNING_RATES, trainer_for
 
 _MOVED = 3  # times the sampler's allowed drift: by so much a step has to move the policy, for staleness to show
 
+_LONG = 200  # tokens
 _COMPLETIONS = 64  # of 16 tokens at most: enough to tell a temperature of 0.7 from one of 0.8
 _STANDARD_ERRORS = 5  # a right sampler is beyond once in a million
 
@@ -114,4 +115,6 @@ def _prompt_ids(policy: LoadedPolicy) -> list[list[int]]:
 
 
 def _prompt_ids_of(tokenizer: Any) -> list[list[int]]:
-    return tokenizer(["What is two plus three?", "Say something about the number seven, then stop."])["input_ids"]
+    """Two short prompts, and one that leaves little of `max_seq_length`."""
+    short = tokenizer(["What is two plus three?", "Say something about the number seven, then stop."])["input_ids"]
+    return [*short, (short[1] * _LONG)[:_LONG]]

@@ -101,12 +101,15 @@ def max_seq_length(context: Context) -> str:
 
 
 def dtype(context: Context) -> str:
-    honoured = []
+    honoured, default = [], torch.get_default_dtype()
     for name in CHOICES["dtype"]:
         if name not in context.capabilities.dtypes:
             context.expect_refusal(f"dtype={name!r}, which is not claimed,", dtype=name)
             continue
         policy = _claimed(context, dtype=name)
+        left = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        expect(left == default, f"dtype={name!r}: loading leaves torch's default dtype at {_words({left})}")
         found = weight_dtypes(policy)
         if name == "auto":
             expect(len(found) == 1 and found <= set(FLOATS.values()), f"dtype='auto' gave weights in {_words(found)}")
@@ -204,10 +207,14 @@ def _with_own_code(context: Context) -> tuple[Any, str]:
 
 
 def checkpointing(context: Context) -> str:
-    """On: the model checkpoints, or the trainer is left to. Off: neither. On, less is kept for the backward pass."""
+    """On: the model checkpoints, or the trainer is left to. Off: neither. On, less is kept for the backward pass.
+
+    In training after inference, as in a run that evaluates.
+    """
     kept = {}
     for asked in (True, False):
         policy = context.policy(LoraSettings(r=4), gradient_checkpointing=asked)
+        context.backend.for_inference(policy)
         context.backend.for_training(policy)
         changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
         in_model = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
@@ -262,10 +269,10 @@ def fast_inference(context: Context) -> str:
         return "refused; without it gpu_memory_utilization has nothing to limit"
     policy = _claimed(context, dtype="auto", fast_inference="on", gpu_memory_utilization=0.3)
     changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
-    engine = getattr(policy.model, "vllm_engine", None)
     expect(
-        callable(getattr(engine, "generate", None)) or changes.get("use_vllm"),
-        "fast_inference='on' is claimed, and neither model nor training arguments have an engine that generates",
+        changes.get("use_vllm"),
+        "fast_inference='on' is claimed, and training_arguments do not set use_vllm: whatever engine the model came "
+        "with, rollouts are sampled without it",
     )
     return "on and off are honoured"
 
