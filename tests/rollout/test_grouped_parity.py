@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlvr.rollout.engine import SamplingSettings
-from rlvr.rollout.grouped import GroupedEngine
+from rlvr.rollout.grouped import GroupedEngine, runner
 from rlvr.testing.tiny import tiny_model
 
 EOS = 2
@@ -39,7 +39,7 @@ def model(request):
     return model
 
 
-def generate_greedily(model, ids, max_new_tokens, eos=(EOS,)):
+def generate_greedily(model, ids, max_new_tokens, eos=(EOS,), **settings):
     """The slow twin: one sequence, all of its ids, transformers' own cache and masks."""
     output = model.generate(
         torch.tensor([ids]),
@@ -47,6 +47,7 @@ def generate_greedily(model, ids, max_new_tokens, eos=(EOS,)):
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos),
         pad_token_id=0,
+        **settings,
     )
     return output[0, len(ids) :].tolist()
 
@@ -88,29 +89,105 @@ def test_turns_equal_generate_on_the_full_ids_while_others_run_or_wait(model):
     tool_ids = random_prompts(6, [1, 2, 13], seed=2)
     histories = [list(ids) for ids in batch]
     turns_left = [3, 2, 3]
-    expected = []
+    budgets = [5, 6, 9]
+    played = []
     with engine.open(batch, max_completion_tokens=64) as session:
         for index in (0, 1):  # sequence 2 joins later
-            session.submit(index, [], 5 + index)
+            session.submit(index, [], budgets[index])
         joined = False
         while session.pending:
             for turn in session.step():
-                expected.append((turn, list(histories[turn.index])))
+                played.append((turn.token_ids, list(histories[turn.index]), budgets[turn.index]))
                 histories[turn.index] += turn.token_ids
                 turns_left[turn.index] -= 1
                 if turns_left[turn.index]:
                     new_ids = tool_ids.pop()
                     histories[turn.index] += new_ids
+                    budgets[turn.index] = 7
                     session.submit(turn.index, new_ids, 7)
             if not joined:
-                session.submit(2, [], 9)
+                session.submit(2, [], budgets[2])
                 joined = True
     assert turns_left == [0, 0, 0]
-    for turn, history in expected:
-        assert turn.token_ids == generate_greedily(model, history, len(turn.token_ids)), (
-            turn.index,
-            len(history),
-        )
+    for sampled, history, budget in played:
+        assert sampled == generate_greedily(model, history, budget), len(history)
+
+
+def play_turns(engine, batch, tool_results, budget):
+    """A turn of every sequence, and one more after each of its tool results: (ids before the turn, its own)."""
+    histories, played = [list(ids) for ids in batch], []
+    with engine.open(batch, max_completion_tokens=200) as session:
+        for results in ([[]] * len(batch), *tool_results):
+            for index, new_ids in enumerate(results):
+                histories[index] += new_ids
+                session.submit(index, new_ids, budget)
+            while session.pending:
+                for turn in session.step():
+                    played.append((list(histories[turn.index]), turn.token_ids))
+                    histories[turn.index] += turn.token_ids
+    assert len(played) == len(batch) * (1 + len(tool_results))
+    return played
+
+
+def assert_as_generate(model, played, budget, eos=(), **settings):
+    for history, sampled in played:
+        assert sampled == generate_greedily(model, history, budget, eos, **settings), len(history)
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_a_turn_without_an_end_has_all_of_its_tokens(model):
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=())
+    for budget in (1, 2, 9):
+        played = play_turns(engine, [[5, 6], [7]], [[[8, 9], [9]], [[], [3]]], budget)
+        assert [len(sampled) for _, sampled in played] == [budget] * 6
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_a_turn_after_a_tool_result_ends_where_generate_ends(model):
+    batch, results = random_prompts(3, [8], seed=8), random_prompts(3, [4], seed=9)
+
+    def played(eos):
+        engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=eos)
+        return play_turns(engine, batch, [results], 8)
+
+    later = [sampled for _, sampled in played(eos=())[3:]]
+    eos = [later[0][2], later[1][1]]
+    turns = played(eos)
+    assert_as_generate(model, turns, 8, eos)
+    assert len({len(sampled) for _, sampled in turns[3:]}) == 3
+
+
+@pytest.mark.parametrize("model", ["qwen2", "mistral-sliding"], indirect=True)
+def test_prompts_of_several_forward_passes(model, monkeypatch):
+    """`PREFILL_TOKENS` is where the next one begins."""
+    monkeypatch.setattr(runner, "PREFILL_TOKENS", 16)
+    batch = [random_prompts(1, [length], seed=length)[0] for length in (9, 12, 5, 20, 16)]
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=())
+    assert_as_generate(model, play_turns(engine, batch, [], 6), 6)
+
+
+@pytest.mark.parametrize("model", ["qwen2", "mistral-sliding"], indirect=True)
+def test_tool_results_of_several_forward_passes(model, monkeypatch):
+    """`EXTEND_TOKENS` is where the next one begins."""
+    monkeypatch.setattr(runner, "EXTEND_TOKENS", 16)
+    batch = random_prompts(6, [3, 8], seed=4)
+    results = [random_prompts(1, [length], seed=length)[0] for length in (6, 2, 20, 1, 13, 7)]
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=())
+    assert_as_generate(model, play_turns(engine, batch, [results, results[::-1]], 5), 5)
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_the_repetition_penalty_counts_what_the_sequence_holds_and_nothing_else(model):
+    """Its prompt, its own tokens and its tool results, not those of the rollout before it in the same memory."""
+    sampling = SamplingSettings(temperature=0, repetition_penalty=1.5)
+    engine = GroupedEngine(model, sampling=sampling, eos_token_ids=())
+    engine._keep_memory = True  # as on CUDA
+    kept = []
+    for seed in (5, 6):
+        batch, results = random_prompts(3, [40], seed), random_prompts(3, [60], 10 + seed)
+        assert_as_generate(model, play_turns(engine, batch, [results], 8), 8, repetition_penalty=1.5)
+        kept.append(engine._runner)
+    assert kept[0] is kept[1]
 
 
 def test_logprobs_are_those_of_a_full_forward(model):
