@@ -7,7 +7,7 @@
 #   benchmarks/gpu.sh OUT engine     rollouts alone, with and without compilation
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
 # OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About seven
-# (nine with vLLM), nine, three, two and eleven minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
+# (nine with vLLM), nine, four, two and eleven minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
 # costs a step a tenth.
 set -u
 cd "$(dirname "$0")/.."
@@ -34,6 +34,7 @@ overhead() { # of many short steps, and of a few long ones
 sizes() {
   step sizes --shape 1.5b --peers rlvr --group-size 32 --steps 6
   step sizes --shape 7b --peers rlvr --steps 4
+  step sizes --shape 1.5b --peers rlvr --steps 8
 }
 
 engine() {
