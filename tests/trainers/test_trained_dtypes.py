@@ -68,12 +68,18 @@ def test_adapters_in_half_precision_are_said_for_hardly_a_tenth_of_them_moves(tm
     with caplog.at_level(logging.WARNING, logger="rlvr"):
         trainer = make_trainer(tmp_path, tokenizer, model)
     count = sum(tensor.numel() for tensor in trained(model).values())
-    (line,) = [record.message for record in caplog.records if "rounded away" in record.message]
+    (line,) = [record.message for record in caplog.records if "rounds small updates away" in record.message]
     assert line.startswith(f"{count:,} of {count:,} trainable parameters are in bfloat16")
     assert share_moved(trainer, "lora_A") < 0.1
+
+
+def test_weights_in_half_precision_are_said_with_what_to_do(tmp_path, tokenizer, caplog):
+    with caplog.at_level(logging.WARNING, logger="rlvr"):
+        make_trainer(tmp_path, tokenizer, base(quantized=False))
+    assert "--dtype float32" in caplog.text
 
 
 def test_adapters_in_float32_are_not_worth_a_line(tmp_path, tokenizer, caplog):
     with caplog.at_level(logging.WARNING, logger="rlvr"):
         make_trainer(tmp_path, tokenizer, get_peft_model(base(quantized=False), forms.lora()))
-    assert not [record for record in caplog.records if "rounded away" in record.message]
+    assert not [record for record in caplog.records if "rounds small updates away" in record.message]

@@ -15,16 +15,16 @@ Given = list[tuple[nn.Parameter, torch.Tensor]]
 
 
 def trained_as_given(model: Any) -> Given:
-    """The trainable parameters and what is in them; none for a model given by name."""
-    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    """The trainable parameters of a quantized model and what is in them; of any other TRL leaves them alone."""
+    parameters = model.parameters() if _quantized(model) else ()
     return [(parameter, parameter.data) for parameter in parameters if parameter.requires_grad]
 
 
 def keep_dtypes(model: nn.Module, given: Given, *, wrapped: bool) -> None:
     """Undoes what TRL's constructor does on quantized weights: it casts all that is trained to bfloat16.
 
-    TRL leaves DoRA's magnitudes alone, which would be "silently frozen"; A is hardly better off, and float16 training
-    refuses bfloat16 gradients. Unsloth's trainer does not cast either.
+    DoRA's magnitudes it leaves alone, since they would freeze in silence; A is hardly better off, and training in
+    float16 refuses bfloat16 gradients. Unsloth's trainer does not cast either.
 
     Args:
         given: what `trained_as_given` found before.
@@ -33,10 +33,15 @@ def keep_dtypes(model: nn.Module, given: Given, *, wrapped: bool) -> None:
     for parameter, data in given:
         if parameter.dtype != data.dtype:
             parameter.data = data.to(parameter.device)
-    if wrapped and (getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)):
+    if wrapped and _quantized(model):
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype == torch.bfloat16:
                 parameter.data = parameter.data.float()
+
+
+def _quantized(model: Any) -> bool:
+    """As TRL decides it."""
+    return any(getattr(model, name, False) for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"))
 
 
 def rounding_notice(model: nn.Module) -> str | None:
@@ -47,8 +52,9 @@ def rounding_notice(model: nn.Module) -> str | None:
         return None
     count, whole = (sum(parameter.numel() for parameter in some) for some in (coarse, trained))
     dtypes = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in coarse}))
+    adapters = "keep adapters as PEFT makes them (autocast_adapter_dtype=True)"
+    fix = adapters if hasattr(model, "peft_config") else "load the model with dtype='float32' (--dtype float32)"
     return (
-        f"{count:,} of {whole:,} trainable parameters are in {dtypes}, where updates that are small beside their "
-        "weight are rounded away, which at low learning rates most are. Train them in float32: adapters as PEFT makes "
-        "them (autocast_adapter_dtype=True), all weights with dtype='float32'."
+        f"{count:,} of {whole:,} trainable parameters are in {dtypes}, which rounds small updates away: at low "
+        f"learning rates, most of them. To train in float32, {fix}."
     )
