@@ -7,8 +7,8 @@
 #   benchmarks/gpu.sh OUT engine     rollouts alone, with and without compilation
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
 # OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About seven
-# (nine with vLLM), nine, four, two and eleven minutes. What is timed runs alone: a second process on the host, even on a GPU of its own,
-# costs a step a tenth.
+# (nine with vLLM), nine, four, two and eleven minutes. What is timed runs alone: a second process on the host, even on
+# a GPU of its own, costs a step a tenth.
 set -u
 cd "$(dirname "$0")/.."
 out=$(realpath -m "${1:?a folder for the results}") what=${2:-all}
