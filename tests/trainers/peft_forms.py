@@ -324,3 +324,8 @@ def loaded_native(folder, *, is_trainable):
     model = tiny_model()
     model.load_adapter(str(folder), is_trainable=is_trainable)
     return model
+
+
+def trainable(model):
+    """A copy of what is trained, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

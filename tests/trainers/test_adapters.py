@@ -37,10 +37,6 @@ def make_trainer(tmp_path, tokenizer, model, *, peft_config=None, **arguments):
     )
 
 
-def trainable(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def unmoved(model, before):
     """Names of the tensors of `before` that are bit for bit the same in `model`."""
     return [name for name, tensor in before.items() if torch.equal(model.get_parameter(name), tensor)]
@@ -76,7 +72,7 @@ def test_form_names_and_activity(form, kind, adapters, active):
     state = inspect_adapters(model)
     assert (state.kind, state.adapters, state.active) == (kind, adapters, active)
     assert set(state.configs) == set(adapters)
-    assert state.trainable == sum(tensor.numel() for tensor in trainable(model).values())
+    assert state.trainable == sum(tensor.numel() for tensor in forms.trainable(model).values())
     assert state.total == sum(parameter.numel() for parameter in model.parameters())
     assert state.trained_in_vain == 0
     assert not any([state.merged, state.disabled, state.nested, state.unsloth, state.head_adapted])
@@ -149,7 +145,7 @@ def test_the_fix_that_is_named_works(tmp_path, tokenizer, form):
     build, _, fix = forms.REFUSED[form]
     model = build()
     model = forms.perturbed(fix(model) or model)
-    before = trainable(model)
+    before = forms.trainable(model)
     make_trainer(tmp_path, tokenizer, model, beta=0.1).train()
     assert before
     assert unmoved(model, before) == []
@@ -173,7 +169,7 @@ def test_an_adapter_loaded_for_inference_is_refused(tmp_path, tokenizer, load, f
 
 def test_prefix_tuning_trains_without_gradient_checkpointing(tmp_path, tokenizer):
     model = forms.perturbed(forms.virtual_tokens(PrefixTuningConfig))
-    before = trainable(model)
+    before = forms.trainable(model)
     make_trainer(tmp_path, tokenizer, model, beta=0.1).train()
     assert unmoved(model, before) == []
     config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
@@ -199,7 +195,7 @@ def test_a_plain_model_with_a_config_is_wrapped_once(tmp_path, tokenizer):
     assert isinstance(trainer.model, PeftModel)
     state = inspect_adapters(trainer.model)
     assert (state.adapters, state.nested) == (("default",), False)
-    before = trainable(trainer.model)
+    before = forms.trainable(trainer.model)
     trainer.train()
     assert {name.split(".")[-3] for name in before} == {"lora_A", "lora_B"}
     assert unmoved(trainer.model, before) == [name for name in before if "lora_A" in name]  # B = 0: no gradient yet
@@ -209,7 +205,7 @@ def test_a_plain_model_with_a_config_is_wrapped_once(tmp_path, tokenizer):
 def test_a_model_given_by_name(tmp_path, tokenizer, model_folder, config):
     trainer = make_trainer(tmp_path, tokenizer, str(model_folder), peft_config=copy.copy(config), beta=0.1)
     assert isinstance(trainer.model, PeftModel) is (config is not None)
-    before = trainable(trainer.model)
+    before = forms.trainable(trainer.model)
     trainer.train()
     assert unmoved(trainer.model, before) == [name for name in before if "lora_A" in name]  # B = 0: no gradient yet
 
@@ -217,13 +213,13 @@ def test_a_model_given_by_name(tmp_path, tokenizer, model_folder, config):
 @pytest.mark.parametrize("form", [name for name in forms.TRAINS if name not in forms.NOT_WRAPPED])
 def test_a_config_for_a_model_with_adapters_is_dropped_with_one_line(tmp_path, tokenizer, form, caplog):
     model = forms.perturbed(forms.TRAINS[form]())
-    before, state = trainable(model), inspect_adapters(model)
+    before, state = forms.trainable(model), inspect_adapters(model)
     with caplog.at_level(logging.INFO, logger="rlvr"):
         trainer = make_trainer(tmp_path, tokenizer, model, peft_config=forms.lora(r=64))
     assert [record.getMessage().startswith("peft_config dropped") for record in caplog.records].count(True) == 1
     assert trainer.model is model
     assert inspect_adapters(model) == state
-    after = trainable(model)
+    after = forms.trainable(model)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # not reset
 
@@ -288,7 +284,7 @@ def test_the_config_is_compared_with_the_active_adapter():
 @pytest.mark.parametrize("form", ["injected", "add_adapter", "hand-written LoRA", "unfrozen layer", "PeftModel"])
 def test_gradients_flow_through_checkpointing(tmp_path, tokenizer, form, reentrant):
     model = forms.perturbed(forms.TRAINS[form]())
-    before = trainable(model)
+    before = forms.trainable(model)
     trainer = make_trainer(
         tmp_path,
         tokenizer,
@@ -418,7 +414,7 @@ def test_unsloths_model_is_recognised_and_trains_from_its_start(tmp_path, model_
     state = inspect_adapters(model)
     assert (state.kind, state.unsloth, state.adapters) == ("peft", True, ("default",))
     require_fresh_adapter_for_base_reference(model)
-    before = trainable(forms.perturbed(model))
+    before = forms.trainable(forms.perturbed(model))
     with pytest.raises(AdapterError, match="neither A nor B is zero"):
         require_fresh_adapter_for_base_reference(model)
 

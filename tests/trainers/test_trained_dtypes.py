@@ -29,10 +29,6 @@ def make_trainer(tmp_path, tokenizer, model, **options):
     )
 
 
-def trained(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
 def base(*, quantized):
     model = tiny_model().to(torch.bfloat16)
     model.is_loaded_in_4bit = quantized  # all that TRL looks at
@@ -41,18 +37,18 @@ def base(*, quantized):
 
 def share_moved(trainer, factor):
     """The share of a factor's numbers that a run changes."""
-    before = trained(trainer.model)
+    before = forms.trainable(trainer.model)
     trainer.train()
-    now = trained(trainer.model)
+    now = forms.trainable(trainer.model)
     moved = [(now[name] != tensor).flatten() for name, tensor in before.items() if factor in name]
     return torch.cat(moved).float().mean().item()
 
 
 def test_adapters_on_quantized_weights_stay_as_they_were_and_train(tmp_path, tokenizer):
     model = get_peft_model(base(quantized=True), forms.lora())
-    before = trained(model)
+    before = forms.trainable(model)
     trainer = make_trainer(tmp_path, tokenizer, model)
-    now = trained(trainer.model)
+    now = forms.trainable(trainer.model)
     assert {tensor.dtype for tensor in now.values()} == {torch.float32}
     assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
     assert share_moved(trainer, "lora_A") > 0.9
@@ -60,14 +56,14 @@ def test_adapters_on_quantized_weights_stay_as_they_were_and_train(tmp_path, tok
 
 def test_adapters_that_the_trainer_puts_on_quantized_weights_are_in_float32(tmp_path, tokenizer):
     trainer = make_trainer(tmp_path, tokenizer, base(quantized=True), peft_config=forms.lora())
-    assert {tensor.dtype for tensor in trained(trainer.model).values()} == {torch.float32}
+    assert {tensor.dtype for tensor in forms.trainable(trainer.model).values()} == {torch.float32}
 
 
 def test_adapters_in_half_precision_are_said_for_hardly_a_tenth_of_them_moves(tmp_path, tokenizer, caplog):
     model = get_peft_model(base(quantized=False), forms.lora(), autocast_adapter_dtype=False)
     with caplog.at_level(logging.WARNING, logger="rlvr"):
         trainer = make_trainer(tmp_path, tokenizer, model)
-    count = sum(tensor.numel() for tensor in trained(model).values())
+    count = sum(tensor.numel() for tensor in forms.trainable(model).values())
     (line,) = [record.message for record in caplog.records if "rounds small updates away" in record.message]
     assert line.startswith(f"{count:,} of {count:,} trainable parameters are in bfloat16")
     assert share_moved(trainer, "lora_A") < 0.1
