@@ -11,7 +11,8 @@ it for all). What a user would write for each of them; `trl` and `unsloth` use n
 against `unsloth` is what our layer costs there. Several values of `--group-size`, `--prompt-tokens` or
 `--completion-tokens` make a sweep.
 
-Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step. Rollout
+Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step, the first
+of a run of `--run-steps`, for which engines prepare (`rlvr` compiles if the run is long enough to pay for it). Rollout
 is what makes completions; scoring is rewards, advantages and extra forward passes; update is the rest.
 """
 
@@ -49,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", nargs="+", type=int, default=[8])
     parser.add_argument("--groups", type=int, default=8)
     parser.add_argument("--steps", type=int, default=4, help="the first warms up")
+    parser.add_argument("--run-steps", type=int, default=200, help="of the run whose first steps are timed")
     parser.add_argument("--micro-batch-groups", type=int, help="default: 4 for rlvr, 1 for the others")
     parser.add_argument("--gradient-checkpointing", choices=("on", "off"), default="on")
     parser.add_argument("--rollout-engine", default="auto")
@@ -78,7 +80,12 @@ def main() -> None:
                 "--group-size", str(group_size), "--groups", str(options.groups), "--steps", str(options.steps),
                 "--rollout-engine", options.rollout_engine, "--shared-prefix", options.shared_prefix,
             ]  # fmt: skip
-            command += ["--gradient-checkpointing", options.gradient_checkpointing]
+            command += [
+                "--gradient-checkpointing",
+                options.gradient_checkpointing,
+                "--run-steps",
+                str(options.run_steps),
+            ]
             if options.micro_batch_groups:
                 command += ["--micro-batch-groups", str(options.micro_batch_groups)]
             finished = subprocess.run(command, capture_output=True, text=True)
@@ -143,7 +150,7 @@ def measure(options: argparse.Namespace) -> dict:
     clock = Clock(cuda)
     trainer._generate = clock.timed("rollout", trainer._generate)
     trainer._generate_and_score_completions = clock.timed("scored", trainer._generate_and_score_completions)
-    ends = end_of_each_step(trainer, clock)
+    ends = end_of_each_step(trainer, clock, steps=options.steps)
     began = clock.now()
     trainer.train()
 
@@ -199,15 +206,16 @@ class Clock:
         return call
 
 
-def end_of_each_step(trainer, clock: Clock) -> list[float]:
-    """The moments at which optimizer steps were over, as they come."""
+def end_of_each_step(trainer, clock: Clock, steps: int) -> list[float]:
+    """The moments at which optimizer steps were over, as they come; after so many the run is stopped."""
     from transformers import TrainerCallback
 
     ends = []
 
     class Stopwatch(TrainerCallback):
-        def on_step_end(self, *args, **kwargs):
+        def on_step_end(self, args, state, control, **kwargs):
             ends.append(clock.now())
+            control.should_training_stop = len(ends) >= steps
 
     trainer.add_callback(Stopwatch)
     return ends
@@ -245,7 +253,7 @@ def trainer_of(peer: str, options: argparse.Namespace, cuda: bool):
     args = GRPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=group_size * micro_groups,
         num_generations=group_size, gradient_accumulation_steps=options.groups // micro_groups,
-        max_completion_length=completion_tokens, max_steps=options.steps,
+        max_completion_length=completion_tokens, max_steps=max(options.steps, options.run_steps),
         bf16=cuda, use_cpu=not cuda,
         gradient_checkpointing=options.gradient_checkpointing == "on" and not peer.endswith("unsloth"),
         learning_rate=1e-5, lr_scheduler_type="constant", beta=0.0, loss_type="dr_grpo", scale_rewards="none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, Literal
 
 from rlvr.errors import ConfigError, UnsupportedSettingError
@@ -154,7 +155,15 @@ def _grouped(trainer: RolloutMixin) -> RolloutEngine:
         sampling=sampling_settings(trainer.args),
         eos_token_ids=trainer.eos_token_ids,
         seed=rollout_seeds(trainer.accelerator.process_index),
+        rollouts=lambda: rollouts_of_run(trainer),
     )
+
+
+def rollouts_of_run(trainer: RolloutMixin) -> int:
+    """Of the whole run, also where it is resumed: what is compiled rounds otherwise, so both have to do the same. 0
+    outside of a run."""
+    args, steps = trainer.args, trainer.state.max_steps
+    return ceil(steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations))
 
 
 def rollout_seeds(process_index: int) -> Callable[[], int]:

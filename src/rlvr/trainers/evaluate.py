@@ -132,6 +132,7 @@ def evaluate(
             temperature=temperature,
             parser=parser,
             batch_size=batch_size or BATCH_SIZE,
+            attempts=samples * len(fitting),
         )
     if file is not None:
         file.begin(done, adapter=weights)

@@ -56,7 +56,14 @@ class Evaluator:
         adapter = adapter_hash(self.policy.model)
         self.backend.for_inference(self.policy)
         try:
-            player = local_player(self.environment, self.policy, self.settings, temperature=0.0, parser=self.parser)
+            player = local_player(
+                self.environment,
+                self.policy,
+                self.settings,
+                temperature=0.0,
+                parser=self.parser,
+                attempts=len(self._examples),
+            )
             found = evaluate_policy(
                 self.environment, player, limit=self.settings.eval_samples, only=self._examples, adapter=adapter
             )

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,12 @@ def local_player(
     temperature: float,
     parser: ToolCallParser | None = None,
     batch_size: int = BATCH_SIZE,
+    attempts: int = 1,
 ) -> LocalPlayer:
     """
     Args:
         parser: of tool calls; None for that of the chat template.
+        attempts: how many it is going to play in all.
 
     Raises:
         UnsupportedSettingError: the grouped engine was asked for, and cannot run the model.
@@ -43,7 +46,11 @@ def local_player(
 
     return LocalPlayer(
         engine_for=sampling_engine(
-            policy, sampling_settings(settings, temperature), asked=settings.rollout_engine, batch_size=batch_size
+            policy,
+            sampling_settings(settings, temperature),
+            asked=settings.rollout_engine,
+            batch_size=batch_size,
+            rollouts=ceil(attempts / batch_size),
         ),
         renderer=ChatRenderer(policy.tokenizer, tools=environment.tools),
         max_completion_tokens=settings.max_tokens,
@@ -96,10 +103,18 @@ def sampling_settings(settings: TrainSettings, temperature: float) -> SamplingSe
 
 
 def sampling_engine(
-    policy: LoadedPolicy, sampling: SamplingSettings, *, asked: str = "auto", batch_size: int = BATCH_SIZE
+    policy: LoadedPolicy,
+    sampling: SamplingSettings,
+    *,
+    asked: str = "auto",
+    batch_size: int = BATCH_SIZE,
+    rollouts: int = 1,
 ) -> Callable[[int], RolloutEngine]:
     """What samples outside training, for each seed: the grouped engine where it can run the model, else `generate`,
     of which a warning says why.
+
+    Args:
+        rollouts: how many of `batch_size` it is going to be used for, which decides whether compilation pays.
 
     Raises:
         UnsupportedSettingError: "grouped" was asked for, and cannot run the model.
@@ -113,7 +128,9 @@ def sampling_engine(
     if problem is not None:
         _say_once(problem)
     elif asked != "generate":
-        grouped = GroupedEngine(policy.model, sampling=sampling, eos_token_ids=sorted(ends), max_rows=batch_size)
+        grouped = GroupedEngine(
+            policy.model, sampling=sampling, eos_token_ids=sorted(ends), max_rows=batch_size, rollouts=rollouts
+        )
 
         def grouped_engine(seed: int) -> RolloutEngine:
             grouped.reseed(seed)

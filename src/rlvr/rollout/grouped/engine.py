@@ -24,6 +24,10 @@ Execution = Literal["auto", "graphs", "kernels", "eager"]
 
 SPARE_BYTES = 2**30  # of a cache that is kept for the graphs that were made for it, whatever the rollout needs
 
+COMPILATION_PAYS = 8_000
+"""Token steps that pay for compiling layers: it took 13 s, and saved 1.7 ms of each (Qwen2.5-1.5B's shape, on an H200;
+docs/performance.md)."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -42,9 +46,10 @@ class GroupedEngine:
         execution: "graphs": attention by Triton kernels, the token step in CUDA graphs; "kernels": the same without
             graphs; "eager": plain torch. "auto": graphs on CUDA where Triton and a C compiler, which it needs, are
             installed, else eager.
-        compile_layers: `torch.compile` the layers that a graph records. On an H200 it takes a second or two once and
-            saves a quarter of each rollout (1.41 → 1.08 s for 64 × 256 tokens of a 1.5B model). None: wherever graphs
-            are used. The model's own layers, which training uses, are not touched.
+        compile_layers: `torch.compile` the layers that a graph records. The model's own layers, which training uses,
+            are not touched. None: with graphs, if `rollouts` have `COMPILATION_PAYS` token steps or more between them,
+            were each to use up its tokens.
+        rollouts: how many rollouts the engine is going to run; or a function, asked when graphs are to be made.
         keep_memory: keep caches, graphs and packed projections (6% of the weights of Qwen2.5-7B) for the next rollout
             (on CUDA); else they are freed when one closes.
         check_every: token steps between two looks of the host for turns that ended; None: 16 on CUDA, else 4.
@@ -66,6 +71,7 @@ class GroupedEngine:
         merge_lora: bool = True,
         execution: Execution = "auto",
         compile_layers: bool | None = None,
+        rollouts: int | Callable[[], int] = 1,
         keep_memory: bool = True,
         check_every: int | None = None,
         max_rows: int = 512,
@@ -82,7 +88,7 @@ class GroupedEngine:
         if execution != "eager" and not cuda:
             raise UnsupportedSettingError(f"execution={execution!r} needs a CUDA device; the model is on {device}.")
         self.execution: Execution = execution
-        self._compile_layers = execution == "graphs" if compile_layers is None else compile_layers
+        self._compile_layers, self._rollouts = compile_layers, rollouts
         self._keep_memory = keep_memory and cuda
         self._check_every = check_every or (16 if cuda else 4)
         self._generator = torch.Generator(device)
@@ -170,9 +176,15 @@ class GroupedEngine:
             self._model,
             shape,
             capture=self.execution == "graphs",
-            compile_layers=self._compile_layers,
+            compile_layers=self._compiles(shape),
             **settings,
         )
+
+    def _compiles(self, shape: CacheShape) -> bool:
+        if self._compile_layers is not None:
+            return self._compile_layers
+        rollouts = self._rollouts() if callable(self._rollouts) else self._rollouts
+        return self.execution == "graphs" and rollouts * shape.suffix_tokens >= COMPILATION_PAYS
 
 
 def _triton_works() -> bool:
