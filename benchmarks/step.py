@@ -79,13 +79,8 @@ def main() -> None:
                 "--prompt-tokens", str(prompt_tokens), "--completion-tokens", str(completion_tokens),
                 "--group-size", str(group_size), "--groups", str(options.groups), "--steps", str(options.steps),
                 "--rollout-engine", options.rollout_engine, "--shared-prefix", options.shared_prefix,
+                "--gradient-checkpointing", options.gradient_checkpointing, "--run-steps", str(options.run_steps),
             ]  # fmt: skip
-            command += [
-                "--gradient-checkpointing",
-                options.gradient_checkpointing,
-                "--run-steps",
-                str(options.run_steps),
-            ]
             if options.micro_batch_groups:
                 command += ["--micro-batch-groups", str(options.micro_batch_groups)]
             finished = subprocess.run(command, capture_output=True, text=True)
