@@ -14,12 +14,14 @@ GROUPS = {
     "policy": "token ids, log-probabilities, gradients and memory against a float32 reference",
     "training": "optimizer steps through EnhancedGRPOTrainer",
     "saving": "what is saved loads back as the same policy",
+    "engine": "an inference engine beside the model, which takes a GPU's memory for good",
     "alone": "what changes a process for good, or needs its environment set before anything is imported",
 }
 
-PROCESSES = (("plugin",), ("settings", "lora", "policy"), ("training",), ("saving",), ("alone",))
+PROCESSES = (("engine",), ("plugin",), ("settings", "lora"), ("policy",), ("training",), ("saving",), ("alone",))
 """Groups that share a child process: importing torch, transformers and TRL takes ten times as long as a check. Checks
-share no policy; those that would disturb others are apart, and so are the two longest, which can run together."""
+share no policy; those that would disturb others are apart, and so are the longest, which can run together. An engine
+comes first: it has to find a GPU's memory as it was when it began to look."""
 
 NEEDS_OWN_PROCESS = frozenset({"plugin", "alone"})  # left out for a backend that is given as an object
 
@@ -49,7 +51,6 @@ CHECKS: tuple[Check, ...] = (
     Check("setting-attention", "settings", "the attention implementation is the one asked for", "settings:attention"),
     Check("setting-trust-remote-code", "settings", "the model's own code runs only if asked", "settings:remote_code"),
     Check("setting-gradient-checkpointing", "settings", "on and off reach model or trainer", "settings:checkpointing"),
-    Check("setting-fast-inference", "settings", "an inference engine only where claimed", "settings:fast_inference"),
     Check("setting-device", "settings", "weights are on the device asked for", "settings:device"),
     Check("setting-seed", "settings", "one seed gives one policy, global random state is kept", "settings:seed"),
     Check("adapter-applied-once", "lora", "one adapter, no wrapper in a wrapper, no second one", "lora:applied_once"),
@@ -80,6 +81,7 @@ CHECKS: tuple[Check, ...] = (
     Check("export-merged-16bit", "saving", "loads back as the same policy", "saving:export", "merged-16bit"),
     Check("export-merged-4bit", "saving", "loads back as the same policy", "saving:export", "merged-4bit"),
     Check("export-gguf", "saving", "is written whole where claimed", "saving:export", "gguf"),
+    Check("setting-fast-inference", "engine", "only where claimed, sampling the policy", "engine:fast_inference"),
     Check("setting-revision", "alone", "another revision gives other weights", "alone:revision"),
     Check("setting-full-finetuning", "alone", "every weight is trained and saved", "alone:full_finetuning"),
 )

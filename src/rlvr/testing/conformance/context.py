@@ -101,10 +101,13 @@ class Context:
         return self.backend.capabilities()
 
     def policy(self, lora: LoraSettings | None = None, **settings: Any) -> LoadedPolicy:
-        """A policy the way users load one; float32 with `max_seq_length` 256, unless `settings` say otherwise."""
+        """A policy the way users load one; float32 with `max_seq_length` 256 and no engine beside it, unless the
+        settings say otherwise."""
         from rlvr.backends import load_policy
 
-        defaults: dict[str, Any] = {"max_seq_length": 256, "dtype": "float32", "device": self.device}
+        defaults: dict[str, Any] = {
+            "max_seq_length": 256, "dtype": "float32", "device": self.device, "fast_inference": "off",
+        }  # fmt: skip
         if "float32" not in self.capabilities.dtypes:
             defaults["dtype"] = "auto"
         model = settings.pop("model", self.model)

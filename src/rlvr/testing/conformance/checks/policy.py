@@ -37,17 +37,23 @@ def log_probabilities(context: Context) -> str:
     for dtype in dtypes_to_compare(context):
         for what, load in (("base", context.policy), ("adapted", context.adapted)):
             policy = load(model=model, dtype=dtype)
-            ids = tokens(policy)
-            found = token_logprobs(logits(context, policy), ids)
-            wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).logprobs(ids)
-            error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
-            expect(
-                error <= allowed,
-                f"{what} policy in {dtype}: log-probabilities differ from the float32 reference by {error:.2g} nats "
-                f"on average; allowed: {allowed:g}",
-            )
+            error = expect_logprobs(context, policy, model, dtype, f"{what} policy in {dtype}")
             measured.append(f"{dtype} {what} {error:.1g}")
     return f"mean difference in nats: {', '.join(measured)}; {_far(context, model)}{context.note_on(model)}"
+
+
+def expect_logprobs(context: Context, policy: LoadedPolicy, model: str, dtype: str, what: str) -> float:
+    """The mean difference from the reference, in nats."""
+    ids = tokens(policy)
+    found = token_logprobs(logits(context, policy), ids)
+    wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).logprobs(ids)
+    error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
+    expect(
+        error <= allowed,
+        f"{what}: log-probabilities differ from the float32 reference by {error:.2g} nats on average; allowed: "
+        f"{allowed:g}",
+    )
+    return error
 
 
 def _far(context: Context, model: str) -> str:
@@ -84,32 +90,35 @@ def gradients(context: Context) -> str:
     """With gradient checkpointing as the backend does it by default, in training mode; of one pass and of two."""
     measured, model = [], context.model_without_dropout
     for dtype in dtypes_to_compare(context):
-        policy = context.adapted(model=model, dtype=dtype)
-        _expect_fine_grained(policy, dtype)
-        ids = tokens(policy)
-        loss, wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).loss_and_gradients(ids)
-        found_loss, found = _gradients(context, policy, ids)
-        allowed = GRADIENT_TOLERANCE[dtype]
-        expect(
-            abs(found_loss - loss) < LOGPROB_TOLERANCE[dtype], f"{dtype}: the loss is {found_loss:.5f}, not {loss:.5f}"
-        )
-        without = [name for name, (a, b) in found.items() if a is None or b is None]
-        expect(not without, f"{dtype}: {len(without)} adapted layers got no gradient, for example {without[:1]}")
-        error = _relative_difference(found, wanted)
-        expect(
-            error <= allowed,
-            f"{dtype}: the adapter's gradients differ from the float32 reference by {error:.2g} of their norm; "
-            f"allowed: {allowed:g}",
-        )
-        _, found = _gradients(context, policy, ids)
-        error = _relative_difference(found, {name: (2 * a, 2 * b) for name, (a, b) in wanted.items()})
-        expect(
-            error <= allowed,
-            f"{dtype}: after a second backward pass the adapter's gradients are not the sum of both, but "
-            f"{error:.2g} of its norm off; allowed: {allowed:g}. Are gradients written where they should be added?",
-        )
+        error = expect_gradients(context, context.adapted(model=model, dtype=dtype), model, dtype)
         measured.append(f"{dtype} {error:.1g}")
     return f"relative difference: {', '.join(measured)}{context.note_on(model)}"
+
+
+def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: str) -> float:
+    """The difference from the reference over its norm."""
+    _expect_fine_grained(policy, dtype)
+    ids = tokens(policy)
+    loss, wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).loss_and_gradients(ids)
+    found_loss, found = _gradients(context, policy, ids)
+    allowed = GRADIENT_TOLERANCE[dtype]
+    expect(abs(found_loss - loss) < LOGPROB_TOLERANCE[dtype], f"{dtype}: the loss is {found_loss:.5f}, not {loss:.5f}")
+    without = [name for name, (a, b) in found.items() if a is None or b is None]
+    expect(not without, f"{dtype}: {len(without)} adapted layers got no gradient, for example {without[:1]}")
+    error = _relative_difference(found, wanted)
+    expect(
+        error <= allowed,
+        f"{dtype}: the adapter's gradients differ from the float32 reference by {error:.2g} of their norm; "
+        f"allowed: {allowed:g}",
+    )
+    _, found = _gradients(context, policy, ids)
+    error = _relative_difference(found, {name: (2 * a, 2 * b) for name, (a, b) in wanted.items()})
+    expect(
+        error <= allowed,
+        f"{dtype}: after a second backward pass the adapter's gradients are not the sum of both, but "
+        f"{error:.2g} of its norm off; allowed: {allowed:g}. Are gradients written where they should be added?",
+    )
+    return error
 
 
 def _expect_fine_grained(policy: LoadedPolicy, dtype: str) -> None:

@@ -5,6 +5,7 @@ They are sampled as in training: the trainer calls `for_training` before the fir
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,15 +24,19 @@ _STANDARD_ERRORS = 5  # a right sampler is beyond once in a million
 
 def sampler(context: Context) -> str:
     """Sampled log-probabilities against the training forward's, with transformers' generate and the engine chosen."""
-    measured = [_follows(context, "generate", 0.7), _follows(context, "auto", 1.0)]
+    measured = [
+        follows(context, context.adapted, engine="generate", temperature=0.7),
+        follows(context, context.adapted, engine="auto", temperature=1.0),
+    ]
     return f"mean difference in nats before and after: {'; '.join(measured)}"
 
 
-def _follows(context: Context, engine: str, temperature: float) -> str:
+def follows(context: Context, load: Callable[[], LoadedPolicy], *, engine: str, temperature: float) -> str:
+    """The engine draws from the policy that is loaded, and from what a step makes of it."""
     from rlvr.trainers.canary import bound_of
 
     for learning_rate in LEARNING_RATES:
-        policy = context.adapted()
+        policy = load()
         options: dict[str, Any] = {"temperature": temperature, "max_steps": 1, "learning_rate": learning_rate}
         trainer = trainer_for(context, policy, rollout_engine=engine, **options)
         off = _expect_drawn(context, policy, trainer, temperature)

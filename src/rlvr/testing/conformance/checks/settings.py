@@ -106,7 +106,7 @@ def dtype(context: Context) -> str:
         if name not in context.capabilities.dtypes:
             context.expect_refusal(f"dtype={name!r}, which is not claimed,", dtype=name)
             continue
-        policy = _claimed(context, dtype=name)
+        policy = claimed(context, dtype=name)
         left = torch.get_default_dtype()
         torch.set_default_dtype(default)
         expect(left == default, f"dtype={name!r}: loading leaves torch's default dtype at {_words({left})}")
@@ -143,7 +143,7 @@ def quantization(context: Context) -> str:
             continue
         if plain is None:
             plain = logits(context, context.policy(dtype="auto"))
-        found = logits(context, _claimed(context, dtype="auto", quantization=name))
+        found = logits(context, claimed(context, dtype="auto", quantization=name))
         expect(found.isfinite().all(), f"quantization={name!r} gives logits that are not finite")
         error = ((found - plain).norm() / (plain - plain.mean()).norm()).item()
         expect(error > 0, f"quantization={name!r} was asked for, and the logits are those of unquantized weights")
@@ -165,7 +165,7 @@ def attention(context: Context) -> str:
             context.expect_refusal(f"attention={name!r}, which is not claimed,", attention=name)
             continue
         half = {"dtype": "bfloat16"} if name == "flash_attention_2" else {}
-        policy = _claimed(context, attention=name, **half)
+        policy = claimed(context, attention=name, **half)
         used = getattr(policy.model.config, "_attn_implementation", None)
         expect(name in ("auto", used), f"attention={name!r} was asked for, and the model uses {used!r}")
         expect(logits(context, policy).isfinite().all(), f"attention={name!r} gives logits that are not finite")
@@ -186,7 +186,7 @@ def remote_code(context: Context) -> str:
     if not context.capabilities.trust_remote_code:
         context.expect_refusal("trust_remote_code=True, which is not claimed,", model=folder, trust_remote_code=True)
         return "refused, and never run"
-    _claimed(context, model=folder, trust_remote_code=True)
+    claimed(context, model=folder, trust_remote_code=True)
     expect(ran(), "trust_remote_code=True is claimed, and the code that came with the model did not run")
     return "runs when asked, and only then"
 
@@ -260,23 +260,6 @@ def _kept_for_backward(policy: LoadedPolicy) -> int:
     return allocated
 
 
-def fast_inference(context: Context) -> str:
-    """With `gpu_memory_utilization`, which has a meaning only beside an inference engine."""
-    policy = context.policy(fast_inference="off", gpu_memory_utilization=0.5)
-    expect(not hasattr(policy.model, "vllm_engine"), "fast_inference='off', and the model came with an engine")
-    if not context.capabilities.fast_inference:
-        context.expect_refusal("fast_inference='on', which is not claimed,", fast_inference="on")
-        return "refused; without it gpu_memory_utilization has nothing to limit"
-    policy = _claimed(context, dtype="auto", fast_inference="on", gpu_memory_utilization=0.3)
-    changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
-    expect(
-        changes.get("use_vllm"),
-        "fast_inference='on' is claimed, and training_arguments do not set use_vllm: whatever engine the model came "
-        "with, rollouts are sampled without it",
-    )
-    return "on and off are honoured"
-
-
 def device(context: Context) -> str:
     wanted = torch.device(context.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     policy = context.policy(device=str(wanted) if context.device else None)
@@ -299,7 +282,7 @@ def seed(context: Context) -> str:
     return "one seed, one policy"
 
 
-def _claimed(context: Context, **settings: Any) -> LoadedPolicy:
+def claimed(context: Context, **settings: Any) -> LoadedPolicy:
     """Loads with settings that the backend claims: a refusal is a finding."""
     try:
         return context.policy(**settings)

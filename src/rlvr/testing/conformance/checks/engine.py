@@ -1,0 +1,78 @@
+"""An inference engine beside the model, where one is claimed: rollouts are drawn from the policy that is trained."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from rlvr.backends.protocol import LoadedPolicy, LoraSettings
+from rlvr.testing.conformance.checks.policy import (
+    LOGPROB_TOLERANCE,
+    dtypes_to_compare,
+    expect_gradients,
+    expect_logprobs,
+)
+from rlvr.testing.conformance.checks.sampling import follows
+from rlvr.testing.conformance.checks.settings import claimed
+from rlvr.testing.conformance.context import Context, expect, logits, plain_name, shake, token_logprobs, tokens
+
+_SHAPE: dict[str, Any] = {
+    "hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512, "initializer_range": 0.05,
+}  # fmt: skip
+"""Heads of 64 numbers, for which engines have kernels, and weights that two programs in half precision agree on."""
+
+
+def fast_inference(context: Context) -> str:
+    """With `gpu_memory_utilization`, which has a meaning only beside an inference engine."""
+    policy = context.policy(fast_inference="off", gpu_memory_utilization=0.5)
+    expect(not hasattr(policy.model, "vllm_engine"), "fast_inference='off', and the model came with an engine")
+    if not context.capabilities.fast_inference:
+        context.expect_refusal("fast_inference='on', which is not claimed,", fast_inference="on")
+        return "refused; without it gpu_memory_utilization has nothing to limit"
+    return f"off and on are honoured; beside the engine {_beside(context)}"
+
+
+def _beside(context: Context) -> str:
+    """All of it with one policy: an engine may be had once in a process."""
+    from rlvr.testing.tiny import save_tiny
+
+    model = context.readable_model if context.given_model else str(save_tiny(context.scratch / "for-engine", **_SHAPE))
+    dtype = "bfloat16" if "bfloat16" in context.capabilities.dtypes else dtypes_to_compare(context)[0]
+    policy = claimed(context, model=model, dtype=dtype, fast_inference="on", gpu_memory_utilization=0.3)
+    policy = context.backend.apply_lora(policy, LoraSettings(r=8, alpha=8))
+    shake(policy.model)
+    changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+    expect(
+        changes.get("use_vllm"),
+        "fast_inference='on' is claimed, and training_arguments do not set use_vllm: whatever engine the model came "
+        "with, rollouts are sampled without it",
+    )
+    logprobs = expect_logprobs(context, policy, model, dtype, f"fast_inference='on', {dtype}")
+    gradients = expect_gradients(context, policy, model, dtype)
+    policy.model.zero_grad(set_to_none=True)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
+    followed = follows(context, lambda: policy, engine="auto", temperature=1.0)
+    now = dict(policy.model.named_parameters())
+    base = sorted(plain_name(name) for name, value in before.items() if not torch.equal(value, now[name]))
+    expect(not base, f"fast_inference='on': training changed {len(base)} frozen tensors, for example {base[:1]}")
+    return (
+        f"log-probabilities {logprobs:.1g} nats off, gradients {gradients:.1g} of their norm; {followed}; saved "
+        f"{_expect_saved(context, policy, dtype):.1g} nats off{context.note_on(model) if context.given_model else ''}"
+    )
+
+
+def _expect_saved(context: Context, policy: LoadedPolicy, dtype: str) -> float:
+    """Loaded back without an engine it is the same policy; the mean difference in nats."""
+    folder, ids = context.folder(), tokens(policy)
+    context.backend.save(policy, folder)
+    loaded = context.backend.load_saved(folder, replace(policy.settings, fast_inference="off"))
+    found, wanted = (token_logprobs(logits(context, which, ids), ids) for which in (loaded, policy))
+    error, allowed = (found - wanted).abs().mean().item(), LOGPROB_TOLERANCE[dtype]
+    expect(
+        error <= allowed,
+        f"an adapter trained with fast_inference='on' was loaded back as another policy, {error:.2g} nats off on "
+        f"average; allowed: {allowed:g}",
+    )
+    return error

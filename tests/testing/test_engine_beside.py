@@ -1,0 +1,133 @@
+"""What the conformance kit finds out about an inference engine beside the model, by a stand-in for vLLM."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rlvr.backends.hf.backend import HFBackend
+from rlvr.backends.protocol import ArgumentChange
+from rlvr.rollout.engine import SamplingSettings
+from rlvr.rollout.generate import model_generate
+from rlvr.testing.conformance import check_backend
+from rlvr.testing.conformance.context import plain_name
+
+
+class StandIn:
+    """In the place of TRL's `VLLMGeneration`: samples with a model of its own, which gets weights when TRL says so."""
+
+    def __init__(self, model, accelerator, processing_class, *, temperature, **options):
+        self.model, self._tokenizer, self._temperature = model, processing_class, temperature
+        self._limit = options["max_completion_length"]
+        self._dist = SimpleNamespace(is_fsdp=False, is_zero3=False)
+        self._own = AutoModelForCausalLM.from_config(model.config).to(model.dtype).eval()
+
+    def _iter_named_params(self):
+        """As TRL's: of the model below the adapters."""
+        for name, parameter in self.model.named_parameters():
+            if "lora_" not in name:
+                yield plain_name(name), parameter.data
+
+    def sync_weights(self):
+        self._own.load_state_dict(dict(self._iter_named_params()), strict=False)  # but for the tied head
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        settings = SamplingSettings(temperature=self._temperature)
+        sample = model_generate(self._own, self._tokenizer, settings, batch_size=64, seed=0)
+        completions, _ = sample(prompts, [self._limit] * len(prompts))
+        logprobs = [self._logprobs(*pair) for pair in zip(prompts, completions, strict=True)]
+        return prompts, completions, logprobs, None
+
+    def _logprobs(self, prompt, completion):
+        with torch.no_grad():
+            logits = self._own(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
+        values = (logits.float() / self._temperature).log_softmax(-1)
+        return values.gather(1, torch.tensor(completion)[:, None]).tolist()
+
+
+class KeepsItsFirstWeights(StandIn):
+    synced = False
+
+    def sync_weights(self):
+        if not self.synced:
+            super().sync_weights()
+        self.synced = True
+
+
+class SamplesTheBase(StandIn):
+    """Adapters do not reach it."""
+
+    def sync_weights(self):
+        self._own.load_state_dict(dict(StandIn._iter_named_params(self)), strict=False)
+
+
+class WithAnEngine(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), fast_inference=True)
+
+    def load_policy(self, settings):
+        policy = super().load_policy(replace(settings, fast_inference="off"))
+        if settings.fast_inference == "on":
+            policy.model.vllm_engine = "of the trainer"
+        return replace(policy, settings=settings)
+
+    def training_arguments(self, policy):
+        changes = super().training_arguments(policy)
+        if policy.settings.fast_inference != "on":
+            return changes
+        return (*changes, ArgumentChange("use_vllm", True, "it is beside the model"))
+
+
+class TrainsTheBaseBeside(WithAnEngine):
+    """A frozen weight is trained too, beside the engine alone."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        if policy.settings.fast_inference == "on":
+            norm = policy.model.get_base_model().model.norm.weight
+            norm.data.add_(0.01)
+
+
+class SavesNothingNewBeside(WithAnEngine):
+    """Of a policy with an engine, the adapter's files are those of a fresh one."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        if policy.settings.fast_inference == "on":
+            policy = replace(policy, model=copy.deepcopy(policy.model))
+            for name, parameter in policy.model.named_parameters():
+                if "lora_B" in name:
+                    parameter.data.zero_()
+        super().save(policy, folder, export_format)
+
+
+def checked(monkeypatch, engine=StandIn, backend=WithAnEngine):
+    monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", engine)
+    (result,) = check_backend(backend(), only=["setting-fast-inference"]).results
+    return result
+
+
+def test_an_engine_that_gets_the_weights_passes(monkeypatch):
+    result = checked(monkeypatch)
+    assert result.passed, result.message
+    assert "; vllm " in result.message
+
+
+@pytest.mark.parametrize(
+    ("fault", "finding"),
+    [
+        ({"engine": KeepsItsFirstWeights}, "after a step that moved the policy by"),
+        ({"engine": SamplesTheBase}, "before a step: the rollout engine 'vllm' does not sample from the policy"),
+        ({"backend": TrainsTheBaseBeside}, "training changed 1 frozen tensors, for example ['model.norm.weight']"),
+        ({"backend": SavesNothingNewBeside}, "was loaded back as another policy"),
+    ],
+    ids=lambda value: next(iter(value.values())).__name__ if isinstance(value, dict) else "",
+)
+def test_a_fault_beside_an_engine_is_found(monkeypatch, fault, finding):
+    result = checked(monkeypatch, **fault)
+    assert not result.passed
+    assert finding in result.message
