@@ -25,8 +25,8 @@ Execution = Literal["auto", "graphs", "kernels", "eager"]
 SPARE_BYTES = 2**30  # of a cache that is kept for the graphs that were made for it, whatever the rollout needs
 
 COMPILATION_PAYS = 8_000
-"""Token steps for which layers are compiled: 5.7 s once, and 1.1 ms less for each (Qwen2.5-1.5B's shape on an H200, see
-docs/performance.md). That is 5,100; the rest is for completions that end before their tokens are used up."""
+"""Token steps for which layers are compiled: 5.7 s once, and 1.1 ms less for each (Qwen2.5-1.5B's shape on an H200;
+docs/performance.md). That pays from 5,100; the rest is for completions that end before their tokens are used up."""
 
 logger = logging.getLogger(__name__)
 
