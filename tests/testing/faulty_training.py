@@ -20,6 +20,16 @@ class TrainsTheBase(HFBackend):
         policy.model.get_input_embeddings().requires_grad_(True)
 
 
+class TrainsInHalf(HFBackend):
+    """Adapters are in float32 until training begins."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        for parameter in policy.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+
+
 class TrainsNothingOfA(HFBackend):
     """LoRA with A frozen: it trains, but not what was stated."""
 
@@ -136,6 +146,7 @@ class BeginsTheDataAnew(HFBackend):
 TRAINING_FAULTS = {
     ChangesUnknownArguments: "training-arguments",
     TrainsTheBase: "trains-adapter-only",
+    TrainsInHalf: "trains-adapter-only",
     TrainsNothingOfA: "trains-adapter-only",
     SamplesFromStaleWeights: "sampler-is-policy",
     SynchronisesForInferenceOnly: "sampler-is-policy",

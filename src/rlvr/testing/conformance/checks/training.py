@@ -49,12 +49,18 @@ def _adapter_only(context: Context, way: str, **settings: Any) -> str:
     made = trainer.state.global_step
     expect(made == STEPS, f"{way}{made} steps were made; {STEPS} were asked for")
     now = dict(policy.model.named_parameters())
+    coarse = sorted(plain_name(name) for name in adapters if name in now and now[name].dtype != torch.float32)
+    expect(
+        not coarse,
+        f"{way}{len(coarse)} of {len(adapters)} adapter tensors were not trained in float32, for example {coarse[:1]}: "
+        "in half precision small updates are rounded away",
+    )
     changed = {name for name, tensor in before.items() if name in now and not torch.equal(tensor, now[name])}
     base = sorted(plain_name(name) for name in changed if not _is_adapters(name))
     expect(not base, f"{way}training changed {len(base)} tensors of the base model, for example {base[:1]}")
     still = sorted(plain_name(name) for name in adapters - changed)
     expect(not still, f"{way}{STEPS} steps left {len(still)} adapter tensors unchanged, for example {still[:1]}")
-    return f"{way}{len(changed)} adapter tensors changed, {len(before) - len(changed)} others did not"
+    return f"{way}{len(changed)} adapter tensors changed, in float32, {len(before) - len(changed)} others did not"
 
 
 def reference(context: Context) -> str:
