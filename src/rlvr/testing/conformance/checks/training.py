@@ -52,8 +52,8 @@ def _adapter_only(context: Context, way: str, **settings: Any) -> str:
     coarse = sorted(plain_name(name) for name in adapters if name in now and now[name].dtype != torch.float32)
     expect(
         not coarse,
-        f"{way}{len(coarse)} of {len(adapters)} adapter tensors were not trained in float32, for example {coarse[:1]}: "
-        "in half precision small updates are rounded away",
+        f"{way}{len(coarse)} of {len(adapters)} adapter tensors were not trained in float32, for example "
+        f"{coarse[:1]}: in half precision small updates are rounded away",
     )
     changed = {name for name, tensor in before.items() if name in now and not torch.equal(tensor, now[name])}
     base = sorted(plain_name(name) for name in changed if not _is_adapters(name))
