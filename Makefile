@@ -8,7 +8,7 @@ PYTHON ?= python3
 LATEST := .venv
 UNSLOTH := .venv-unsloth
 PYTEST := -m pytest
-GPU_TESTS = $$(grep -rl "mark.gpu" tests --include=*.py)
+GPU_TESTS = $$(grep -rlE "mark\.gpu|from places import" tests --include="test_*.py")
 
 .PHONY: quickstart test check lint test-unsloth gpu-test gpu-test-core gpu-test-unsloth clean
 

@@ -1,4 +1,4 @@
-"""The grouped engine on CUDA: kernels against plain torch, graphs against kernels, both against `generate`."""
+"""The grouped engine's kernels and graphs against their slow twins. See `test_grouped_parity.py` for what it plays."""
 
 import random
 
@@ -57,16 +57,11 @@ def play(engine, budgets=BUDGETS, batch=BATCH):
     return played
 
 
-@pytest.mark.parametrize("compile_layers", [False, True], ids=["plain", "compiled"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_graphs_complete_as_generate_does(architecture, compile_layers):
+def test_compiled_graphs_complete_as_generate_does(architecture):
     model = cuda_model(architecture)
     engine = GroupedEngine(
-        model,
-        sampling=SamplingSettings(temperature=0),
-        eos_token_ids=(),
-        execution="graphs",
-        compile_layers=compile_layers,
+        model, sampling=SamplingSettings(temperature=0), eos_token_ids=(), execution="graphs", compile_layers=True
     )
     play(engine)
     for turn, history in play(engine):  # the second rollout runs on the graphs of the first
@@ -122,6 +117,28 @@ def test_reseeding_repeats_a_rollout_on_the_same_graphs():
     first, second = sampled(), sampled()
     engine.reseed(3)
     assert sampled() == first != second
+
+
+def test_a_rollout_after_a_training_step_replays_the_graphs_that_are_there():
+    model = get_peft_model(cuda_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+
+    def engine():
+        return GroupedEngine(
+            model, sampling=SamplingSettings(temperature=0), eos_token_ids=(), execution="graphs", compile_layers=False
+        )
+
+    def completed(engine):
+        return [(turn.index, turn.token_ids) for turn, _ in play(engine)]
+
+    kept = engine()
+    before, graphs = completed(kept), dict(kept._runner.graphs)
+    assert graphs
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(-1)
+    assert completed(kept) == completed(engine()) != before
+    assert kept._runner.graphs == graphs  # the same objects
 
 
 @pytest.mark.parametrize("execution", ["graphs", "eager"])

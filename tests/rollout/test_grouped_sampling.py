@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from places import EXACT, PLACES
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 
@@ -51,28 +52,33 @@ def test_the_oracle_has_the_order_of_generate():
     ]
 
 
+@pytest.mark.parametrize("place", EXACT)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_scores_equal_those_of_transformers(settings):
+def test_scores_equal_those_of_transformers(settings, place):
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn((50, VOCABULARY), generator=generator)
     logits[0, :4] = 1.5  # ties at the cut
     ids = torch.randint(VOCABULARY, (50, 6), generator=generator)
-    seen = torch.zeros((50, VOCABULARY), dtype=torch.bool).scatter_(1, ids, True)
+    logits, ids = logits.to(place.device), ids.to(place.device)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
     expected = oracle(settings, ids)(logits.clone())
     torch.testing.assert_close(process(logits, settings, seen), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_tokens_follow_the_exact_distribution(settings):
+def test_tokens_follow_the_exact_distribution(settings, place):
     draws = 40_000
-    logits = 1.5 * torch.randn((1, VOCABULARY), generator=torch.Generator().manual_seed(1))
-    ids = torch.tensor([[0, 3, 3, 7]])
-    seen = torch.zeros((1, VOCABULARY), dtype=torch.bool).scatter_(1, ids, True)
+    given = 1.5 * torch.randn((1, VOCABULARY), generator=torch.Generator().manual_seed(1))
+    given = given.to(place.device, place.dtype)
+    logits = given.float()
+    ids = torch.tensor([[0, 3, 3, 7]], device=place.device)
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, ids, True)
     exact = oracle(settings, ids)(logits.clone()).double().softmax(-1)[0]
     tokens, logprobs = draw(
-        logits.repeat(draws, 1),
+        given.repeat(draws, 1),
         settings,
-        generator=torch.Generator().manual_seed(2),
+        generator=torch.Generator(place.device).manual_seed(2),
         seen=seen.repeat(draws, 1),
     )
     assert chi_square(tokens, exact) < critical_value(int((exact > 0).sum()) - 1)
@@ -112,25 +118,27 @@ def test_log_probability_by_hand():
     torch.testing.assert_close(logprobs, expected[tokens])
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("name", ["temperature", "all"])
-def test_the_engine_samples_the_models_distribution(name):
+def test_the_engine_samples_the_models_distribution(name, place):
     """The second token of many sequences, given their first, against the exact distribution."""
     settings, rows = SETTINGS[name], 3_000
-    model = tiny_model(vocab_size=VOCABULARY, layers=1)
+    model = tiny_model(vocab_size=VOCABULARY, layers=1, **place.sizes)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(30)
+    place.put(model)
     prompt = [5, 6, 7]
-    engine = GroupedEngine(model, sampling=settings, eos_token_ids=(), seed=4, max_rows=rows)
+    engine = GroupedEngine(model, sampling=settings, eos_token_ids=(), seed=4, max_rows=rows, compile_layers=False)
     with engine.open([prompt] * rows, max_completion_tokens=2) as session:
         for index in range(rows):
             session.submit(index, [], 2)
         turns = session.step()
-    drawn = torch.tensor([turn.token_ids for turn in turns])
+    drawn = torch.tensor([turn.token_ids for turn in turns], device=place.device)
     first = int(drawn[:, 0].mode().values)
     for ids, tokens in ((prompt, drawn[:, 0]), ([*prompt, first], drawn[drawn[:, 0] == first, 1])):
-        ids = torch.tensor([ids])
+        ids = torch.tensor([ids], device=place.device)
         with torch.no_grad():
-            exact = oracle(settings, ids)(model(ids).logits[:, -1]).double().softmax(-1)[0]
+            exact = oracle(settings, ids)(model(ids).logits[:, -1].float()).double().softmax(-1)[0]
         assert len(tokens) > 300
         assert chi_square(tokens, exact) < critical_value(max(1, int((exact > 0).sum()) - 1))
 

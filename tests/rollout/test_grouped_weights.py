@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, get_peft_model
+from places import PLACES, Place
 from torch import nn
 
 from rlvr.rollout.engine import SamplingSettings
@@ -14,6 +15,7 @@ from rlvr.rollout.grouped.weights import causal_lm, fingerprint, mergeable, merg
 from rlvr.testing.tiny import tiny_model
 
 GREEDY = SamplingSettings(temperature=0)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 KINDS = {
     "lora": {"target_modules": LINEAR},
@@ -26,15 +28,16 @@ KINDS = {
 }
 
 
-def adapted(dtype=torch.float32, **lora):
-    model = tiny_model(dtype=dtype).to(dtype)
+def adapted(dtype=torch.float32, device="cpu", **lora):
+    place = Place(device, dtype)
+    model = place.put(tiny_model(dtype=dtype, **place.sizes))
     torch.manual_seed(1)
     lora.setdefault("target_modules", LINEAR)
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, init_lora_weights=False, **lora))
 
 
 def complete(model, tokens=12, **settings):
-    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=(), **settings)
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=(), compile_layers=False, **settings)
     prompts = [[5, 6, 7, 8], [5, 6, 7, 8], [9, 10]]
     with engine.open(prompts, max_completion_tokens=tokens) as session:
         for index in range(3):
@@ -51,7 +54,11 @@ def generated(model, tokens=12):
     model.eval()
     outputs = [
         model.generate(
-            input_ids=torch.tensor([ids]), do_sample=False, max_new_tokens=tokens, eos_token_id=None, pad_token_id=0
+            input_ids=torch.tensor([ids], device=model.device),
+            do_sample=False,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            pad_token_id=0,
         )[0, len(ids) :].tolist()
         for ids in ([5, 6, 7, 8], [5, 6, 7, 8], [9, 10])
     ]
@@ -68,20 +75,24 @@ def same_state(model, before):
     return after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("merge_lora", [True, False], ids=["merged", "apart"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_of_every_kind_complete_as_generate_does(kind, merge_lora):
-    model = adapted(**KINDS[kind])
+def test_adapters_of_every_kind_complete_as_generate_does(kind, merge_lora, place):
+    """In bfloat16 rounding chooses between tokens; weights and wrappers are looked at there."""
+    model = adapted(place.dtype, place.device, **KINDS[kind])
     model.train()
     before, modules = state(model), list(model.named_modules())
-    assert complete(model, merge_lora=merge_lora) == generated(model)
+    completed = complete(model, merge_lora=merge_lora)
+    assert not place.exact or completed == generated(model)
     assert same_state(model, before)
     assert list(model.named_modules()) == modules  # the wrappers are back, in their places
     assert all(module.training for module in model.modules())
 
 
-def test_merging_in_bfloat16_restores_every_bit_and_rounds_once():
-    model = adapted(dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_merging_in_bfloat16_restores_every_bit_and_rounds_once(device):
+    model = adapted(torch.bfloat16, device)
     before = state(model)
     layer = causal_lm(model).model.layers[0].mlp.up_proj
     adapter = (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()) * 2
@@ -133,11 +144,12 @@ def test_weights_keep_their_addresses_while_merged():
         assert addresses <= {p.data_ptr() for p in model.parameters()}
 
 
-def test_an_exception_leaves_model_and_engine_as_they_were():
-    model = adapted(dtype=torch.bfloat16)
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_exception_leaves_model_and_engine_as_they_were(device):
+    model = adapted(torch.bfloat16, device)
     model.train()
     before, config = state(model), copy.deepcopy(causal_lm(model).config)
-    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=())
+    engine = GroupedEngine(model, sampling=GREEDY, eos_token_ids=(), compile_layers=False)
 
     def failing_rollout():
         with engine.open([[4, 5]], max_completion_tokens=4) as session:
