@@ -28,6 +28,11 @@ class Place(NamedTuple):
         """Of a tiny model: on a GPU as large as its kernels and matrix products want."""
         return {} if self.device == "cpu" else {"hidden_size": 192, "heads": 6, "kv_heads": 2}
 
+    @property
+    def of_trainer(self):
+        """Arguments of a trainer: in bfloat16 by autocast, with weights in float32."""
+        return {"use_cpu": self.device == "cpu", "bf16": not self.exact}
+
     def put(self, model):
         return model.to(self.device, self.dtype)
 

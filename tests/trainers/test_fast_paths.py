@@ -10,6 +10,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
+from places import EXACT, PLACES, Place
 from tests_support import grpo_config
 from transformers import GenerationMixin, PreTrainedModel
 
@@ -60,6 +61,7 @@ def run(trainer_class, folder, tokenizer, *, peft_config=None, rollout_func=scri
         args=grpo_config(folder, **settings), peft_config=peft_config,
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]), **arguments,
     )  # fmt: skip
+    trainer.start = [weight.clone() for weight in trained(trainer)]
     trainer.train()
     return trainer
 
@@ -72,6 +74,11 @@ def trained(trainer):
     return [p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad and ".ref." not in name]
 
 
+def moved(trainer):
+    """What training has added to the weights, as one vector."""
+    return torch.cat([(p - start).flatten() for p, start in zip(trained(trainer), trainer.start, strict=True)])
+
+
 WHOLE = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
 RUNS = {
     **{name: {"loss_type": name} for name in ("grpo", "dr_grpo", "dapo", "cispo", "sapo", "vespo")},
@@ -79,7 +86,7 @@ RUNS = {
     "bnpo": {"loss_type": "bnpo", **WHOLE},  # divides by the tokens of the micro-batch
     "kl": {"beta": 0.2},
     "sequence level": {"importance_sampling_level": "sequence", "loss_type": "grpo"},
-    "entropy bonus": {"entropy_coef": 0.1},
+    "entropy bonus": {"entropy_coef": 0.1, **WHOLE},  # a mean over the tokens of the micro-batch
     "entropy quantile": {"top_entropy_quantile": 0.4321, **WHOLE},  # of the micro-batch, between two tokens
     "two iterations": {"num_iterations": 2, "beta": 0.1, "max_steps": 4},
     "truncated masked": {"mask_truncated_completions": True},
@@ -87,19 +94,40 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize("place", EXACT)
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_with_shared_prompts_equals_trls(tmp_path, tokenizer, name):
+def test_a_run_with_shared_prompts_equals_trls(tmp_path, tokenizer, name, place):
     """Rows are shuffled otherwise, so sums over an optimizer step are compared: its loss, and the weights."""
-    arguments = {"config": RUNS[name], "peft_config": lora()}
-    ours = run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", **arguments)
-    theirs = run(trl.GRPOTrainer, tmp_path, tokenizer, **arguments)
-    assert_same_run(ours, theirs)
+    assert_as_trls(tmp_path, tokenizer, place, RUNS[name], peft_config=lora())
 
 
-def test_full_fine_tuning_equals_trls(tmp_path, tokenizer):
-    config = {"learning_rate": 0.05}
-    ours = run(EnhancedGRPOTrainer, tmp_path, tokenizer, shared_prefix="on", config=config)
-    assert_same_run(ours, run(trl.GRPOTrainer, tmp_path, tokenizer, config=config))
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dapo", "kl", "sequence level", "two iterations", "checkpointing"])
+def test_a_run_in_bfloat16_is_trls_but_for_rounding(tmp_path, tokenizer, name):
+    assert_as_trls(tmp_path, tokenizer, Place("cuda", torch.bfloat16), RUNS[name], peft_config=lora())
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_full_fine_tuning_equals_trls(tmp_path, tokenizer, place):
+    assert_as_trls(tmp_path, tokenizer, place, {"learning_rate": 0.05})
+
+
+def assert_as_trls(folder, tokenizer, place, config, **arguments):
+    """In bfloat16 both round; a mask that is off or a row that is lost moves the weights by far more."""
+    arguments["config"] = config | place.of_trainer
+    ours = run(EnhancedGRPOTrainer, folder, tokenizer, shared_prefix="on", **arguments)
+    theirs = run(trl.GRPOTrainer, folder, tokenizer, **arguments)
+    assert ours.token_ratio_saved > 0.3
+    assert min(logged(ours, "grad_norm")) > 1e-3
+    for name, tolerance, rounding in (("loss", 2e-6, 3e-2), ("grad_norm", 1e-5, 3e-2), ("entropy", 1e-5, 1e-3)):
+        bounds = {"rel": 1e-4, "abs": tolerance} if place.exact else {"rel": rounding, "abs": 1e-3}
+        assert logged(ours, name) == pytest.approx(logged(theirs, name), **bounds), name
+    if place.exact:
+        for mine, other in zip(trained(ours), trained(theirs), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=3e-5)
+    else:
+        mine, other = moved(ours), moved(theirs)
+        assert (mine - other).norm() < 0.05 * other.norm()
 
 
 def test_checkpointing_is_switched_off_and_on_without_walks_over_the_model(tmp_path, tokenizer, monkeypatch):
@@ -174,19 +202,11 @@ def test_prompts_reach_trl_as_arrays_once_for_their_group(tmp_path, tokenizer):
         assert torch.equal(mine, other)
 
 
-def assert_same_run(ours, theirs):
-    assert ours.token_ratio_saved > 0.3
-    assert min(logged(ours, "grad_norm")) > 1e-3
-    for name, tolerance in (("loss", 2e-6), ("grad_norm", 1e-5), ("entropy", 1e-5)):
-        assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-4, abs=tolerance), name
-    for mine, other in zip(trained(ours), trained(theirs), strict=True):
-        torch.testing.assert_close(mine, other, rtol=1e-4, atol=3e-5)
-
-
 ENGINES = [("generate", "off"), ("generate", "on"), ("grouped", "off"), ("grouped", "on")]
 
 
-def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
+@pytest.mark.parametrize("place", EXACT)
+def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer, place):
     """All completions of a prompt are equal, so advantages move nothing; the entropy bonus does."""
 
     def trajectories(engine, shared_prefix):
@@ -197,6 +217,7 @@ def test_greedy_trajectories_do_not_depend_on_the_paths(tmp_path, tokenizer):
             return [0.0] * len(completion_ids)
 
         config = {"entropy_coef": 1.0, "top_k": 1, "max_steps": 5, "learning_rate": 2.0, "max_completion_length": 8}
+        config |= place.of_trainer
         trainer = EnhancedGRPOTrainer(
             model=tiny_model(), processing_class=tokenizer, reward_funcs=keep,
             args=grpo_config(tmp_path, optim="sgd", lr_scheduler_type="constant", shuffle_dataset=False,
@@ -354,12 +375,13 @@ def fused_modules(model):
     return [m for m in model.modules() if "rlvr" in type(m.__dict__.get("forward")).__module__]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rollouts_leave_every_weight_as_it_was(tmp_path, tokenizer, dtype):
+def test_rollouts_leave_every_weight_as_it_was(tmp_path, tokenizer, dtype, device):
     model = tiny_model().to(dtype)
     trainer = Watched(
         model=model, processing_class=tokenizer, reward_funcs=distinct_tokens, peft_config=lora(),
-        args=grpo_config(tmp_path, max_steps=3), rollout_engine="grouped",
+        args=grpo_config(tmp_path, max_steps=3, use_cpu=device == "cpu"), rollout_engine="grouped",
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),
     )  # fmt: skip
     trainer.train()
