@@ -76,7 +76,8 @@ def trained(trainer):
 
 def moved(trainer):
     """What training has added to the weights, as one vector."""
-    return torch.cat([(p - start).flatten() for p, start in zip(trained(trainer), trainer.start, strict=True)])
+    pairs = zip(trained(trainer), trainer.start, strict=True)
+    return torch.cat([(p - start.to(p.device)).flatten() for p, start in pairs])
 
 
 WHOLE = {"per_device_train_batch_size": 12, "gradient_accumulation_steps": 1}
@@ -376,7 +377,7 @@ def fused_modules(model):
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rollouts_leave_every_weight_as_it_was(tmp_path, tokenizer, dtype, device):
     model = tiny_model().to(dtype)
     trainer = Watched(
