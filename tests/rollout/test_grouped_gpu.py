@@ -87,7 +87,7 @@ def test_without_a_working_compiler_rollouts_go_on_and_say_so_once(monkeypatch, 
 
     expected = completed(compile_layers=False)
     monkeypatch.setattr(graphs, "_compiled_forward", lambda layer_type: broken)
-    assert completed() == expected
+    assert completed(compile_layers=True) == expected
     assert [record.levelname for record in caplog.records if "torch.compile failed" in record.message] == ["WARNING"]
     assert not any("forward" in layer.__dict__ for layer in model.model.layers)
 
@@ -119,6 +119,14 @@ def test_reseeding_repeats_a_rollout_on_the_same_graphs():
     assert sampled() == first != second
 
 
+@pytest.mark.parametrize(("rollouts", "compiles"), [(26, False), (27, True)])  # of 300 token steps: 7,800 and 8,100
+def test_layers_are_compiled_where_the_rollouts_pay_for_it(rollouts, compiles):
+    engine = GroupedEngine(cuda_model(), sampling=SamplingSettings(), eos_token_ids=(), rollouts=rollouts)
+    play(engine)
+    assert engine.execution == "graphs"
+    assert engine._runner.compile_layers is compiles
+
+
 def test_a_rollout_after_a_training_step_replays_the_graphs_that_are_there():
     model = get_peft_model(cuda_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
 
@@ -148,7 +156,12 @@ def test_bfloat16_logprobs_stay_near_the_training_forward(merge_lora, execution)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     engine = GroupedEngine(
-        model, sampling=SamplingSettings(), eos_token_ids=(), merge_lora=merge_lora, execution=execution
+        model,
+        sampling=SamplingSettings(),
+        eos_token_ids=(),
+        merge_lora=merge_lora,
+        execution=execution,
+        compile_layers=execution == "graphs",
     )
     played = play(engine)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -8,7 +8,6 @@ import rlvr
 from rlvr.rollout import grouped
 from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.grouped import GroupedEngine
-from rlvr.rollout.grouped.cache import CacheShape
 from rlvr.testing.tiny import tiny_model
 from rlvr.trainers import EnhancedGRPOTrainer
 from rlvr.trainers.engines import rollouts_of_run
@@ -17,9 +16,7 @@ from rlvr.trainers.engines import rollouts_of_run
 def compiles(*, tokens, execution="graphs", **settings):
     engine = GroupedEngine(tiny_model(layers=1), sampling=SamplingSettings(), eos_token_ids=(), **settings)
     engine.execution = execution  # of a GPU
-    return engine._compiles(
-        CacheShape(groups=1, prompt_tokens=9, slots=2, suffix_tokens=tokens, layers=1, kv_heads=1, head_dim=16)
-    )
+    return engine._compiles(tokens)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class GroupedEngine:
         try:
             with rollout_mode(self._model, merge=self._merge_lora):
                 yield GroupedSession(
-                    self._runner_for(shape),
+                    self._runner_for(shape, max_completion_tokens),
                     prompts,
                     group_of,
                     max_completion_tokens=max_completion_tokens,
@@ -141,7 +141,7 @@ class GroupedEngine:
             if not (finished and self._keep_memory):
                 self._runner = None
 
-    def _runner_for(self, shape: CacheShape) -> Runner:
+    def _runner_for(self, shape: CacheShape, max_completion_tokens: int) -> Runner:
         """The last rollout's runner, with its graphs, where it is large enough and not wasteful; else a new one.
 
         A new one is large enough for both rollouts, so that batches that differ a little do not replace each other.
@@ -154,14 +154,14 @@ class GroupedEngine:
                     return kept
                 shape = joined
         kept = self._runner = None  # its memory goes before the new one's comes
-        self._runner, self._fingerprint = self._new_runner(shape), current
+        self._runner, self._fingerprint = self._new_runner(shape, max_completion_tokens), current
         return self._runner
 
     def _wastes(self, shape: CacheShape, needed: CacheShape) -> bool:
         spare = shape.bytes(self._model.dtype) - needed.bytes(self._model.dtype)
         return shape.tokens > 2 * needed.tokens and spare > SPARE_BYTES
 
-    def _new_runner(self, shape: CacheShape) -> Runner:
+    def _new_runner(self, shape: CacheShape, max_completion_tokens: int) -> Runner:
         settings: dict[str, Any] = {
             "sampling": self._sampling,
             "eos_token_ids": self._eos,
@@ -176,15 +176,15 @@ class GroupedEngine:
             self._model,
             shape,
             capture=self.execution == "graphs",
-            compile_layers=self._compiles(shape),
+            compile_layers=self._compiles(max_completion_tokens),
             **settings,
         )
 
-    def _compiles(self, shape: CacheShape) -> bool:
+    def _compiles(self, max_completion_tokens: int) -> bool:
         if self._compile_layers is not None:
             return self._compile_layers
         rollouts = self._rollouts() if callable(self._rollouts) else self._rollouts
-        return self.execution == "graphs" and rollouts * shape.suffix_tokens >= COMPILATION_PAYS
+        return self.execution == "graphs" and rollouts * max_completion_tokens >= COMPILATION_PAYS
 
 
 def _triton_works() -> bool:
