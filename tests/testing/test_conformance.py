@@ -24,7 +24,7 @@ from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ExportFormat, LoraSettings, ModelSettings
 from rlvr.cli import main
 from rlvr.errors import ConfigError, UnknownPluginError
-from rlvr.testing.conformance import CHECKS, GROUPS, backend_checks, check_backend
+from rlvr.testing.conformance import CHECKS, GROUPS, backend_checks, check_backend, runner
 from rlvr.testing.conformance.catalogue import PROCESSES, select
 from rlvr.testing.conformance.context import Context
 from rlvr.testing.conformance.runner import at_the_same_time, run_check
@@ -276,6 +276,25 @@ def test_a_process_that_dies_is_a_failed_check_with_its_last_lines_and_the_rest_
         assert not result.passed
         assert "exit code 7" in result.message
         assert "kernel panic" in result.message
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_where_vllm_is_installed_its_check_runs_before_the_others(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(runner, "find_spec", lambda name: name if installed else None)
+    job, running = runner._Job("hf", None, None, tmp_path, 1.0), []
+    beside_each_other = threading.Barrier(2)
+
+    def run(share):
+        running.append(share)
+        if not (installed and share == "engine"):
+            beside_each_other.wait(timeout=20)
+        yield share
+        running.remove(share)
+
+    job.run = run
+    shares = ["engine", "training", "saving"] if installed else ["engine", "training"]
+    for found in job.all(shares, jobs=2):
+        assert found != "engine" or running == ["engine"] or not installed
 
 
 INTERRUPTED = """

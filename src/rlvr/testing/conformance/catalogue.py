@@ -20,8 +20,8 @@ GROUPS = {
 
 PROCESSES = (("engine",), ("plugin",), ("settings", "lora"), ("policy",), ("training",), ("saving",), ("alone",))
 """Groups that share a child process: importing torch, transformers and TRL takes ten times as long as a check. Checks
-share no policy; those that would disturb others are apart, and so are the longest, which can run together. An engine
-comes first: it has to find a GPU's memory as it was when it began to look."""
+share no policy; those that would disturb others are apart, and so are the longest, which can run together. The first
+share runs before all others where vLLM is installed (`runner` says why)."""
 
 NEEDS_OWN_PROCESS = frozenset({"plugin", "alone"})  # left out for a backend that is given as an object
 

@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,7 +84,7 @@ def check_backend(
     results: list[CheckResult] = []
     with tempfile.TemporaryDirectory(prefix="rlvr-check-") as scratch:
         job = _Job(backend, _absolute(model), device, Path(scratch).resolve(), timeout_s)
-        with closing(at_the_same_time(map(job.run, shares), jobs if by_name else 1, job.stopped)) as found:
+        with closing(job.all(shares, jobs if by_name else 1)) as found:
             for result in found:
                 results.append(result)
                 if on_result is not None:
@@ -185,6 +186,13 @@ class _Job:
     scratch: Path
     timeout_s: float
     stopped: threading.Event = field(default_factory=threading.Event)  # nobody waits for results any more
+
+    def all(self, shares: Sequence[list[Check]], jobs: int) -> Results:
+        """vLLM measures a GPU's memory while it starts, and gives up if another process frees some: it goes first."""
+        first = 1 if find_spec("vllm") is not None else 0
+        for share in shares[:first]:
+            yield from self.run(share)
+        yield from at_the_same_time(map(self.run, shares[first:]), jobs, self.stopped)
 
     def run(self, checks: list[Check]) -> Results:
         if not checks:
