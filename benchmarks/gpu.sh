@@ -20,10 +20,10 @@ export CUDA_VISIBLE_DEVICES=0
 if ! nvidia-smi > /dev/null 2>&1; then echo "$0: there is no GPU here." >&2; exit 2; fi
 
 peers() {
-  step results --shape 1.5b --peers rlvr --steps 14
+  step results --shape 1.5b --peers rlvr --steps 12
   step results --shape 1.5b --peers trl --steps 3
   step results --shape 1.5b --peers unsloth --steps 4
-  if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 4; fi
+  if python3 -c 'import vllm' > /dev/null 2>&1; then step results --shape 1.5b --peers trl-vllm --steps 3; fi
 }
 
 overhead() { # of many short steps, and of a few long ones
@@ -32,9 +32,8 @@ overhead() { # of many short steps, and of a few long ones
 }
 
 sizes() {
-  step sizes --shape 1.5b --peers rlvr --group-size 32 --steps 6
+  step sizes --shape 1.5b --peers rlvr --group-size 8 32 --steps 6
   step sizes --shape 7b --peers rlvr --steps 4
-  step sizes --shape 1.5b --peers rlvr --steps 8
 }
 
 engine() {
@@ -42,9 +41,9 @@ engine() {
 }
 
 checks() { # at the same time: nothing of them is timed
-  export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=8
+  export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4
   for backend in hf unsloth; do
-    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 5 \
+    python3 -c "from rlvr.cli import main; main()" backends check $backend --device cuda --jobs 7 \
       > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do

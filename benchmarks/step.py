@@ -166,6 +166,7 @@ def measure(options: argparse.Namespace) -> dict:
         "scoring_s": scoring,
         "update_s": step - rollout - scoring,
         "first_step_s": ends[0] - began,
+        "first_rollout_s": clock.seconds["rollout"][0],  # with what its engine compiles and captures
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
         "engine": getattr(getattr(trainer, "engine", None), "name", None),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
