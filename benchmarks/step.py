@@ -11,9 +11,9 @@ it for all). What a user would write for each of them; `trl` and `unsloth` use n
 against `unsloth` is what our layer costs there. Several values of `--group-size`, `--prompt-tokens` or
 `--completion-tokens` make a sweep.
 
-Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step, the first
-of a run of `--run-steps`, for which engines prepare (`rlvr` compiles if the run is long enough to pay for it). Rollout
-is what makes completions; scoring is rewards, advantages and extra forward passes; update is the rest.
+Prints a JSON line for each run and a Markdown table at the end: medians over `--steps` after a warm-up step. They are
+the first of a run of `--run-steps`, which is then stopped: `rlvr` compiles where a run is long enough to pay for it.
+Rollout is what makes completions; scoring is rewards, advantages and extra forward passes; update is the rest.
 """
 
 from __future__ import annotations

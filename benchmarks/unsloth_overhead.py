@@ -96,7 +96,7 @@ def trainer_of(peer: str, folder: str, options: argparse.Namespace):
         peer,
         argparse.Namespace(
             model=folder, prompt_tokens=[options.prompt_tokens], completion_tokens=[options.completion_tokens],
-            group_size=[options.group_size], groups=options.groups, steps=1, micro_batch_groups=None,
+            group_size=[options.group_size], groups=options.groups, steps=1, run_steps=1, micro_batch_groups=None,
             gradient_checkpointing="on", rollout_engine="generate", shared_prefix="off",
         ),
         torch.cuda.is_available(),

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import pytest
 import torch
 
-torch.backends.cuda.matmul.allow_tf32 = False
-
 
 class Place(NamedTuple):
     device: str

@@ -16,6 +16,7 @@ from rlvr.rollout.engine import SamplingSettings
 from rlvr.rollout.generate import model_generate
 from rlvr.testing.conformance import check_backend
 from rlvr.testing.conformance.context import plain_name
+from rlvr.testing.tiny import save_tiny
 
 
 class StandIn:
@@ -83,6 +84,26 @@ class WithAnEngine(HFBackend):
         return (*changes, ArgumentChange("use_vllm", True, "it is beside the model"))
 
 
+class ComputesOtherwiseBeside(WithAnEngine):
+    """The engine has changed a weight, for itself and for the model."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        if settings.fast_inference == "on":
+            policy.model.get_input_embeddings().weight.data.mul_(1.5)
+        return policy
+
+
+class DoublesGradientsBeside(WithAnEngine):
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        if policy.settings.fast_inference == "on":
+            for parameter in policy.model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda gradient: 2 * gradient)
+        return policy
+
+
 class TrainsTheBaseBeside(WithAnEngine):
     """A frozen weight is trained too, beside the engine alone."""
 
@@ -105,9 +126,9 @@ class SavesNothingNewBeside(WithAnEngine):
         super().save(policy, folder, export_format)
 
 
-def checked(monkeypatch, engine=StandIn, backend=WithAnEngine):
+def checked(monkeypatch, engine=StandIn, backend=WithAnEngine, model=None):
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", engine)
-    (result,) = check_backend(backend(), only=["setting-fast-inference"]).results
+    (result,) = check_backend(backend(), model=model, only=["setting-fast-inference"]).results
     return result
 
 
@@ -117,17 +138,25 @@ def test_an_engine_that_gets_the_weights_passes(monkeypatch):
     assert "; vllm " in result.message
 
 
-@pytest.mark.parametrize(
-    ("fault", "finding"),
-    [
-        ({"engine": KeepsItsFirstWeights}, "after a step that moved the policy by"),
-        ({"engine": SamplesTheBase}, "before a step: the rollout engine 'vllm' does not sample from the policy"),
-        ({"backend": TrainsTheBaseBeside}, "training changed 1 frozen tensors, for example ['model.norm.weight']"),
-        ({"backend": SavesNothingNewBeside}, "was loaded back as another policy"),
-    ],
-    ids=lambda value: next(iter(value.values())).__name__ if isinstance(value, dict) else "",
-)
-def test_a_fault_beside_an_engine_is_found(monkeypatch, fault, finding):
-    result = checked(monkeypatch, **fault)
+FAULTS = {
+    KeepsItsFirstWeights: "after a step that moved the policy by",
+    SamplesTheBase: "before a step: the rollout engine 'vllm' does not sample from the policy",
+    ComputesOtherwiseBeside: "log-probabilities differ from the float32 reference",
+    DoublesGradientsBeside: "the adapter's gradients differ from the float32 reference by",
+    TrainsTheBaseBeside: "training changed 1 frozen tensors, for example ['model.norm.weight']",
+    SavesNothingNewBeside: "was loaded back as another policy",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_fault_beside_an_engine_is_found(monkeypatch, fault):
+    result = checked(monkeypatch, **{"engine" if issubclass(fault, StandIn) else "backend": fault})
     assert not result.passed
-    assert finding in result.message
+    assert FAULTS[fault] in result.message
+
+
+def test_a_model_with_dropout_of_its_own_is_no_fault_beside_an_engine(monkeypatch, tmp_path):
+    model = str(save_tiny(tmp_path / "model", "llama", attention_dropout=0.1, initializer_range=0.05))
+    result = checked(monkeypatch, model=model)
+    assert result.passed, result.message
+    assert "of a tiny model, since the one given has dropout of its own" in result.message

@@ -2,6 +2,7 @@
 
 import pytest
 from datasets import Dataset
+from short_runs import SMALL, bytes_modulo_7
 from tests_support import grpo_config
 
 import rlvr
@@ -51,7 +52,7 @@ def test_a_trainer_knows_the_rollouts_of_its_run(tmp_path, tokenizer, batch, rol
 
     class Heard(EnhancedGRPOTrainer):
         def _generate(self, prompts):
-            known.append(rollouts_of_run(self))
+            known.append(self.engine._rollouts())
             return super()._generate(prompts)
 
     trainer = Heard(
@@ -60,13 +61,14 @@ def test_a_trainer_knows_the_rollouts_of_its_run(tmp_path, tokenizer, batch, rol
         args=grpo_config(tmp_path, per_device_train_batch_size=4, num_generations=2, **batch),
         train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in "abcdefgh"]),
     )  # fmt: skip
-    assert rollouts_of_run(trainer) <= 0  # nothing is known before it trains
+    assert rollouts_of_run(trainer) == 0  # nothing is known before it trains
     trainer.train()
     assert known == [rollouts] * rollouts
 
 
-@pytest.mark.both
-def test_an_evaluation_tells_its_engine_how_many_rollouts_it_has(model_folder, monkeypatch):
+@pytest.fixture
+def told(monkeypatch):
+    """The rollouts that each engine was made for."""
     told = []
 
     class Told(GroupedEngine):
@@ -75,7 +77,25 @@ def test_an_evaluation_tells_its_engine_how_many_rollouts_it_has(model_folder, m
             super().__init__(*args, rollouts=rollouts, **settings)
 
     monkeypatch.setattr(grouped, "GroupedEngine", Told)
+    return told
+
+
+@pytest.mark.both
+def test_an_evaluation_tells_its_engine_how_many_rollouts_it_has(model_folder, told):
     options = {"limit": 5, "max_prompt_length": 64, "max_tokens": 2, "batch_size": 4}
     rlvr.evaluate("arithmetic", model_folder, "hf", samples=3, **options)
     rlvr.evaluate("arithmetic", model_folder, "hf", samples=1, **options)
     assert told == [4, 2]  # 15 and 5 attempts, 4 at a time
+
+
+def test_so_does_the_evaluation_within_a_run(model_folder, tmp_path, told):
+    rows = [{"question": f"{n}+1", "answer": "2"} for n in range(70)]
+    env = rlvr.Environment(name="bytes", train_dataset=rows[:4], eval_dataset=rows, rubric=rlvr.Rubric(bytes_modulo_7))
+    rlvr.train(env, model_folder, "hf", **SMALL | {"eval_samples": 70}, max_steps=1, output_dir=tmp_path / "run")
+    assert [rollouts for rollouts in told if not callable(rollouts)] == [2, 2]  # before and after; 64 at a time
+
+
+def test_a_preflight_tells_its_engine_how_many_rollouts_it_has(model_folder, told):
+    options = {"max_prompt_length": 64, "max_tokens": 2, "num_generations": 32}
+    rlvr.preflight("arithmetic", model_folder, "hf", prompts=5, **options)
+    assert told == [3]  # two groups of 32 at a time

@@ -102,6 +102,18 @@ def test_a_run_with_shared_prompts_equals_trls(tmp_path, tokenizer, name, place)
     assert_as_trls(tmp_path, tokenizer, place, RUNS[name], peft_config=lora())
 
 
+@pytest.mark.parametrize("place", EXACT)
+def test_an_entropy_bonus_over_micro_batches_equals_trls(tmp_path, tokenizer, place):
+    """Of completions that are equally long: TRL's is a mean over the tokens of the micro-batch."""
+
+    def as_long(prompts, trainer):
+        rollouts = scripted(prompts, trainer)
+        return rollouts | {"completion_ids": [(ids * 6)[:6] for ids in rollouts["completion_ids"]]}
+
+    config = {"entropy_coef": 0.1}
+    assert_as_trls(tmp_path, tokenizer, place, config, peft_config=lora(), rollout_func=as_long)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["dapo", "kl", "sequence level", "two iterations", "checkpointing"])
 def test_a_run_in_bfloat16_is_trls_but_for_rounding(tmp_path, tokenizer, name):

@@ -160,8 +160,8 @@ def _grouped(trainer: RolloutMixin) -> RolloutEngine:
 
 
 def rollouts_of_run(trainer: RolloutMixin) -> int:
-    """Of the whole run, also where it is resumed: what is compiled rounds otherwise, so both have to do the same. 0
-    outside of a run."""
+    """Of the whole run, also where it is resumed: what is compiled rounds differently, so both have to do the same. 0
+    before the first run."""
     args, steps = trainer.args, trainer.state.max_steps
     return ceil(steps * args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations))
 

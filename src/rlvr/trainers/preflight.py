@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,12 @@ def preflight(
     parser = asked_parser(chosen.tool_call_parser, has_tools=bool(environment.tools))
     policy = model if isinstance(model, LoadedPolicy) else load_for_inference(chosen, backend, folder)
     backend.for_inference(policy)
-    engine = sampling_engine(policy, sampling_settings(chosen, chosen.temperature), asked=chosen.rollout_engine)
+    engine = sampling_engine(
+        policy,
+        sampling_settings(chosen, chosen.temperature),
+        asked=chosen.rollout_engine,
+        rollouts=ceil(prompts / _groups_together(chosen)),
+    )
     renderer = ChatRenderer(policy.tokenizer, tools=environment.tools)
     return look_before(
         environment,
@@ -152,7 +158,7 @@ def _sample(
     on_progress: Callable[[int, int], None] | None,
 ) -> list[Rollout]:
     """G rollouts of each row, a group after the other."""
-    together = max(1, BATCH_SIZE // settings.num_generations)  # groups
+    together = _groups_together(settings)
     rollouts: list[Rollout] = []
     for start in range(0, len(rows), together):
         batch = [row for row in rows[start : start + together] for _ in range(settings.num_generations)]
@@ -167,6 +173,11 @@ def _sample(
         if on_progress is not None:
             on_progress(len(rollouts), len(rows) * settings.num_generations)
     return rollouts
+
+
+def _groups_together(settings: TrainSettings) -> int:
+    """Groups that are sampled at the same time."""
+    return max(1, BATCH_SIZE // settings.num_generations)
 
 
 def review(

@@ -47,8 +47,7 @@ class GroupedEngine:
             graphs; "eager": plain torch. "auto": graphs on CUDA where Triton and a C compiler, which it needs, are
             installed, else eager.
         compile_layers: `torch.compile` the layers that a graph records. The model's own layers, which training uses,
-            are not touched. None: with graphs, if `rollouts` have `COMPILATION_PAYS` token steps or more between them,
-            were each to use up its tokens.
+            are not touched. None: with graphs, if `rollouts` times the tokens of each are `COMPILATION_PAYS` or more.
         rollouts: how many rollouts the engine is going to run; or a function, asked when graphs are to be made.
         keep_memory: keep caches, graphs and packed projections (6% of the weights of Qwen2.5-7B) for the next rollout
             (on CUDA); else they are freed when one closes.

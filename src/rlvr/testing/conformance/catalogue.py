@@ -18,10 +18,9 @@ GROUPS = {
     "alone": "what changes a process for good, or needs its environment set before anything is imported",
 }
 
-PROCESSES = (("engine",), ("plugin",), ("settings", "lora"), ("policy",), ("training",), ("saving",), ("alone",))
+PROCESSES = (("plugin",), ("settings", "lora"), ("policy",), ("training",), ("saving",), ("alone",), ("engine",))
 """Groups that share a child process: importing torch, transformers and TRL takes ten times as long as a check. Checks
-share no policy; those that would disturb others are apart, and so are the longest, which can run together. The first
-share runs before all others where vLLM is installed (`runner` says why)."""
+share no policy; those that would disturb others are apart, and so are the longest, which can run together."""
 
 NEEDS_OWN_PROCESS = frozenset({"plugin", "alone"})  # left out for a backend that is given as an object
 

@@ -188,11 +188,12 @@ class _Job:
     stopped: threading.Event = field(default_factory=threading.Event)  # nobody waits for results any more
 
     def all(self, shares: Sequence[list[Check]], jobs: int) -> Results:
-        """vLLM measures a GPU's memory while it starts, and gives up if another process frees some: it goes first."""
-        first = 1 if find_spec("vllm") is not None else 0
-        for share in shares[:first]:
-            yield from self.run(share)
-        yield from at_the_same_time(map(self.run, shares[first:]), jobs, self.stopped)
+        """What the processes find, so many at a time. That of the engine, the last share, is before all others where
+        vLLM is installed: it measures a GPU's memory while it starts, and gives up if another process frees some."""
+        if isinstance(self.backend, str) and find_spec("vllm") is not None:
+            *shares, engine = shares
+            yield from self.run(engine)
+        yield from at_the_same_time(map(self.run, shares), jobs, self.stopped)
 
     def run(self, checks: list[Check]) -> Results:
         if not checks:

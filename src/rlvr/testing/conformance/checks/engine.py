@@ -35,10 +35,11 @@ def fast_inference(context: Context) -> str:
 
 
 def _beside(context: Context) -> str:
-    """All of it with one policy: an engine may be had once in a process."""
+    """All of it with one policy: a second one, with an engine of its own, may not be had in a process."""
     from rlvr.testing.tiny import save_tiny
 
-    model = context.readable_model if context.given_model else str(save_tiny(context.scratch / "for-engine", **_SHAPE))
+    given = context.given_model is not None
+    model = context.model_without_dropout if given else str(save_tiny(context.scratch / "for-engine", **_SHAPE))
     dtype = "bfloat16" if "bfloat16" in context.capabilities.dtypes else dtypes_to_compare(context)[0]
     policy = claimed(context, model=model, dtype=dtype, fast_inference="on", gpu_memory_utilization=0.3)
     policy = context.backend.apply_lora(policy, LoraSettings(r=8, alpha=8))
@@ -55,11 +56,13 @@ def _beside(context: Context) -> str:
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
     followed = follows(context, lambda: policy, engine="auto", temperature=1.0)
     now = dict(policy.model.named_parameters())
-    base = sorted(plain_name(name) for name, value in before.items() if not torch.equal(value, now[name]))
+    base = sorted(
+        plain_name(name) for name, value in before.items() if name in now and not torch.equal(value, now[name])
+    )
     expect(not base, f"fast_inference='on': training changed {len(base)} frozen tensors, for example {base[:1]}")
     return (
         f"log-probabilities {logprobs:.1g} nats off, gradients {gradients:.1g} of their norm; {followed}; saved "
-        f"{_expect_saved(context, policy, dtype):.1g} nats off{context.note_on(model) if context.given_model else ''}"
+        f"{_expect_saved(context, policy, dtype):.1g} nats off{context.note_on(model) if given else ''}"
     )
 
 
