@@ -76,11 +76,8 @@ class CheckpointsAlways(HFBackend):
         return (ArgumentChange("gradient_checkpointing", True, "it saves memory"),)
 
 
-class EngineInName(HFBackend):
-    """Claims an engine, and has an object of that name."""
-
-    def capabilities(self):
-        return replace(super().capabilities(), fast_inference=True)
+class EngineInName(ClaimsAnEngine):
+    """Has an object of that name."""
 
     def load_policy(self, settings):
         policy = super().load_policy(replace(settings, fast_inference="off"))

@@ -7,13 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
+from faulty_backends import EngineInName
+from sampled import sampled
 from transformers import AutoModelForCausalLM
 
-from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
-from rlvr.rollout.engine import SamplingSettings
-from rlvr.rollout.generate import model_generate
 from rlvr.testing.conformance import check_backend
 from rlvr.testing.conformance.context import plain_name
 from rlvr.testing.tiny import save_tiny
@@ -38,17 +36,10 @@ class StandIn:
         self._own.load_state_dict(dict(self._iter_named_params()), strict=False)  # but for the tied head
 
     def generate(self, prompts, images, num_generations, profiler=None):
-        settings = SamplingSettings(temperature=self._temperature)
-        sample = model_generate(self._own, self._tokenizer, settings, batch_size=64, seed=0)
-        completions, _ = sample(prompts, [self._limit] * len(prompts))
-        logprobs = [self._logprobs(*pair) for pair in zip(prompts, completions, strict=True)]
-        return prompts, completions, logprobs, None
-
-    def _logprobs(self, prompt, completion):
-        with torch.no_grad():
-            logits = self._own(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1]
-        values = (logits.float() / self._temperature).log_softmax(-1)
-        return values.gather(1, torch.tensor(completion)[:, None]).tolist()
+        completions, logprobs = sampled(
+            self._own, self._tokenizer, prompts, limit=self._limit, temperature=self._temperature
+        )
+        return prompts, completions, [[[value] for value in values] for values in logprobs], None
 
 
 class KeepsItsFirstWeights(StandIn):
@@ -67,15 +58,8 @@ class SamplesTheBase(StandIn):
         self._own.load_state_dict(dict(StandIn._iter_named_params(self)), strict=False)
 
 
-class WithAnEngine(HFBackend):
-    def capabilities(self):
-        return replace(super().capabilities(), fast_inference=True)
-
-    def load_policy(self, settings):
-        policy = super().load_policy(replace(settings, fast_inference="off"))
-        if settings.fast_inference == "on":
-            policy.model.vllm_engine = "of the trainer"
-        return replace(policy, settings=settings)
+class WithAnEngine(EngineInName):
+    """The trainer's, which it is told to use."""
 
     def training_arguments(self, policy):
         changes = super().training_arguments(policy)

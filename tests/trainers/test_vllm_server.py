@@ -8,14 +8,14 @@ from importlib.machinery import ModuleSpec
 
 import pytest
 import torch
+from sampled import sampled
 from short_runs import SMALL, environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl.generation import vllm_client, vllm_generation
 
 import rlvr
 from rlvr.errors import SamplerDriftError
-from rlvr.rollout.engine import SamplingSettings
-from rlvr.rollout.generate import model_generate
+from rlvr.testing.conformance.context import plain_name
 from rlvr.trainers import colocated
 
 pytestmark = pytest.mark.both
@@ -39,22 +39,15 @@ class Server(ThreadingHTTPServer):
     def complete(self, body):
         self.asked.append(body)
         prompts = [ids for ids in body["prompt"] for _ in range(body["n"])]
-        settings = SamplingSettings(temperature=body["temperature"])
-        sample = model_generate(self.model, self.tokenizer, settings, batch_size=64, seed=len(self.asked))
-        completions, _ = sample(prompts, [body["max_tokens"]] * len(prompts))
-        pairs = zip(prompts, completions, strict=True)
-        return {"choices": [self._choice(prompt, ids, body["temperature"]) for prompt, ids in pairs]}
-
-    def _choice(self, prompt, ids, temperature):
-        with torch.no_grad():
-            logits = self.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1]
-        values = (logits / temperature).log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0].tolist()
-        logprobs = {"tokens": [f"token_id:{token}" for token in ids], "token_logprobs": values}
-        return {
-            "prompt_token_ids": prompt,
-            "token_ids": ids,
-            "logprobs": logprobs | {"top_logprobs": [None] * len(ids)},
-        }
+        completions, logprobs = sampled(
+            self.model,
+            self.tokenizer,
+            prompts,
+            limit=body["max_tokens"],
+            temperature=body["temperature"],
+            seed=len(self.asked),
+        )
+        return {"choices": [choice(*row) for row in zip(prompts, completions, logprobs, strict=True)]}
 
     def update(self, announced, weights):
         """What comes has to be what was announced, in its order: the real one receives into buffers made for that."""
@@ -66,6 +59,15 @@ class Server(ThreadingHTTPServer):
         assert received == announced
         assert {name for name, _, _ in received} == own.keys()
         self.updates += 1
+
+
+def choice(prompt, ids, logprobs):
+    tokens = [f"token_id:{token}" for token in ids]
+    return {
+        "prompt_token_ids": prompt,
+        "token_ids": ids,
+        "logprobs": {"tokens": tokens, "token_logprobs": logprobs, "top_logprobs": [None] * len(ids)},
+    }
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -128,8 +130,7 @@ def test_a_run_samples_on_the_server_from_the_policy_as_it_is_trained(server, mo
     assert len(moved) == 14  # the seven projections of two layers have adapters
     frozen = {name: value for name, value in run.policy.model.named_parameters() if "base_layer" in name}
     for name, value in frozen.items():
-        own = name.removeprefix("base_model.model.").replace(".base_layer", "")
-        assert torch.equal(value, fresh[own]), name
+        assert torch.equal(value, fresh[plain_name(name)]), name
 
 
 def test_a_server_that_does_not_take_the_weights_stops_the_run(server, model_folder, tmp_path):

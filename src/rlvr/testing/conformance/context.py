@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -119,6 +119,10 @@ class Context:
         shake(policy.model)
         return policy
 
+    def changes(self, policy: LoadedPolicy) -> dict[str, Any]:
+        """What the backend changes of the training arguments, by name."""
+        return {change.name: change.value for change in self.backend.training_arguments(policy)}
+
     def expect_refusal(self, what: str, lora: LoraSettings | None = None, **settings: Any) -> None:
         """Loading must raise an error of ours; any other, or none, is a finding."""
         with refusal(what):
@@ -146,6 +150,18 @@ def refusal(what: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or ["no message"])[0]
+
+
+def expect_fine_grained(adapters: Mapping[str, torch.Tensor], what: str) -> None:
+    """Adapter tensors, by name, are in float32. `what` begins the finding."""
+    import torch
+
+    coarse = sorted(name for name, tensor in adapters.items() if tensor.dtype != torch.float32)
+    expect(
+        not coarse,
+        f"{what}{len(coarse)} of {len(adapters)} adapter tensors are not in float32, for example {coarse[:1]}: "
+        "in half precision small updates are rounded away",
+    )
 
 
 def shake(

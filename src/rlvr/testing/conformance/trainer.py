@@ -62,7 +62,7 @@ def trainer_for(
         "gradient_checkpointing": False,
         "seed": 0,
         **overrides,
-        **{change.name: change.value for change in context.backend.training_arguments(policy)},
+        **context.changes(policy),
     }
     trainer = EnhancedGRPOTrainer(
         model=policy.model,
@@ -90,3 +90,11 @@ def _environment(reward: Callable[[Any], float]) -> Any:
 
 def trained(policy: LoadedPolicy) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+
+
+def changed(policy: LoadedPolicy, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the parameters that are no longer what they were."""
+    import torch
+
+    now = dict(policy.model.named_parameters())
+    return {name for name, tensor in before.items() if name in now and not torch.equal(tensor, now[name])}

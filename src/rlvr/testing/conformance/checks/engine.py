@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.policy import (
     LOGPROB_TOLERANCE,
@@ -17,6 +15,7 @@ from rlvr.testing.conformance.checks.policy import (
 from rlvr.testing.conformance.checks.sampling import follows
 from rlvr.testing.conformance.checks.settings import claimed
 from rlvr.testing.conformance.context import Context, expect, logits, plain_name, shake, token_logprobs, tokens
+from rlvr.testing.conformance.trainer import changed
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512, "initializer_range": 0.05,
@@ -44,9 +43,8 @@ def _beside(context: Context) -> str:
     policy = claimed(context, model=model, dtype=dtype, fast_inference="on", gpu_memory_utilization=0.3)
     policy = context.backend.apply_lora(policy, LoraSettings(r=8, alpha=8))
     shake(policy.model)
-    changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
     expect(
-        changes.get("use_vllm"),
+        context.changes(policy).get("use_vllm"),
         "fast_inference='on' is claimed, and training_arguments do not set use_vllm: whatever engine the model came "
         "with, rollouts are sampled without it",
     )
@@ -55,10 +53,7 @@ def _beside(context: Context) -> str:
     policy.model.zero_grad(set_to_none=True)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
     followed = follows(context, lambda: policy, engine="auto", temperature=1.0)
-    now = dict(policy.model.named_parameters())
-    base = sorted(
-        plain_name(name) for name, value in before.items() if name in now and not torch.equal(value, now[name])
-    )
+    base = sorted(map(plain_name, changed(policy, before)))
     expect(not base, f"fast_inference='on': training changed {len(base)} frozen tensors, for example {base[:1]}")
     return (
         f"log-probabilities {logprobs:.1g} nats off, gradients {gradients:.1g} of their norm; {followed}; saved "

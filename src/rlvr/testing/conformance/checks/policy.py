@@ -9,7 +9,16 @@ import torch
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.testing.conformance.checks.settings import FLOATS
-from rlvr.testing.conformance.context import Context, expect, logits, lora_layers, quantized, token_logprobs, tokens
+from rlvr.testing.conformance.context import (
+    Context,
+    expect,
+    expect_fine_grained,
+    logits,
+    lora_layers,
+    quantized,
+    token_logprobs,
+    tokens,
+)
 from rlvr.testing.conformance.reference import Pairs, Reference, own_tokenizer
 from rlvr.testing.conformance.spoken import difference
 
@@ -97,7 +106,8 @@ def gradients(context: Context) -> str:
 
 def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: str) -> float:
     """The difference from the reference over its norm."""
-    _expect_fine_grained(policy, dtype)
+    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
+    expect_fine_grained(trained, f"{dtype}: ")
     ids = tokens(policy)
     loss, wanted = Reference.of(policy, model=model, weights_dtype=FLOATS[dtype]).loss_and_gradients(ids)
     found_loss, found = _gradients(context, policy, ids)
@@ -119,16 +129,6 @@ def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: 
         f"{error:.2g} of its norm off; allowed: {allowed:g}. Are gradients written where they should be added?",
     )
     return error
-
-
-def _expect_fine_grained(policy: LoadedPolicy, dtype: str) -> None:
-    trained = {name: weight for name, weight in policy.model.named_parameters() if weight.requires_grad}
-    coarse = [name for name, weight in trained.items() if weight.dtype != torch.float32]
-    expect(
-        not coarse,
-        f"{dtype}: {len(coarse)} of {len(trained)} adapter tensors are not in float32, for example {coarse[:1]}: "
-        "in half precision small updates are rounded away",
-    )
 
 
 Gradients = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]

@@ -116,7 +116,7 @@ def dtype(context: Context) -> str:
         else:
             expect(found == {FLOATS[name]}, f"dtype={name!r} was asked for, and the weights are in {_words(found)}")
         computes_in = next(iter(found))
-        changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+        changes = context.changes(policy)
         for flag, meant in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
             expect(
                 changes.get(flag, computes_in is meant) == (computes_in is meant),
@@ -216,7 +216,7 @@ def checkpointing(context: Context) -> str:
         policy = context.policy(LoraSettings(r=4), gradient_checkpointing=asked)
         context.backend.for_inference(policy)
         context.backend.for_training(policy)
-        changes = {change.name: change.value for change in context.backend.training_arguments(policy)}
+        changes = context.changes(policy)
         in_model = any(getattr(module, "gradient_checkpointing", False) for module in policy.model.modules())
         by_trainer = changes.get("gradient_checkpointing", asked)
         expect(

@@ -9,8 +9,15 @@ from transformers import TrainerCallback
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.errors import AdapterError
-from rlvr.testing.conformance.context import CheckFailed, Context, expect, plain_name, quantized
-from rlvr.testing.conformance.trainer import LEARNING_RATES, STEPS, checksum, trained, trainer_for
+from rlvr.testing.conformance.context import (
+    CheckFailed,
+    Context,
+    expect,
+    expect_fine_grained,
+    plain_name,
+    quantized,
+)
+from rlvr.testing.conformance.trainer import LEARNING_RATES, STEPS, changed, checksum, trained, trainer_for
 
 KL_OF_ITSELF = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Nats a token: what rounding makes of the KL divergence of a policy from itself, by the dtype it is computed in."""
@@ -49,18 +56,13 @@ def _adapter_only(context: Context, way: str, **settings: Any) -> str:
     made = trainer.state.global_step
     expect(made == STEPS, f"{way}{made} steps were made; {STEPS} were asked for")
     now = dict(policy.model.named_parameters())
-    coarse = sorted(plain_name(name) for name in adapters if name in now and now[name].dtype != torch.float32)
-    expect(
-        not coarse,
-        f"{way}{len(coarse)} of {len(adapters)} adapter tensors were not trained in float32, for example "
-        f"{coarse[:1]}: in half precision small updates are rounded away",
-    )
-    changed = {name for name, tensor in before.items() if name in now and not torch.equal(tensor, now[name])}
-    base = sorted(plain_name(name) for name in changed if not _is_adapters(name))
+    expect_fine_grained({plain_name(name): now[name] for name in adapters if name in now}, way)
+    moved = changed(policy, before)
+    base = sorted(plain_name(name) for name in moved if not _is_adapters(name))
     expect(not base, f"{way}training changed {len(base)} tensors of the base model, for example {base[:1]}")
-    still = sorted(plain_name(name) for name in adapters - changed)
+    still = sorted(plain_name(name) for name in adapters - moved)
     expect(not still, f"{way}{STEPS} steps left {len(still)} adapter tensors unchanged, for example {still[:1]}")
-    return f"{way}{len(changed)} adapter tensors changed, in float32, {len(before) - len(changed)} others did not"
+    return f"{way}{len(moved)} adapter tensors changed, in float32, {len(before) - len(moved)} others did not"
 
 
 def reference(context: Context) -> str:
