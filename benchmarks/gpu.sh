@@ -8,7 +8,7 @@
 #   benchmarks/gpu.sh OUT checks     both backends' conformance and the tests marked gpu
 #   benchmarks/gpu.sh OUT vllm       what they look at beside vLLM
 # OUT gets results.jsonl (for plot.py), overhead.jsonl, sizes.jsonl, rollout.jsonl and a log of each check. About seven
-# (nine with vLLM), nine, four, two, eleven and seven minutes. What is timed runs alone: a second process on the host,
+# (nine with vLLM), nine, four, two, eleven and ten minutes. What is timed runs alone: a second process on the host,
 # even on a GPU of its own, costs a step a tenth. So does vLLM, which gives up where others free memory.
 set -u
 cd "$(dirname "$0")/.."

@@ -45,3 +45,8 @@ PLACES = [*EXACT, CUDA_BFLOAT16]
 def in_float32(model):
     """A copy with the same numbers, which computes the truth."""
     return copy.deepcopy(model).float()
+
+
+def assert_as_near_to_the_truth(fast, twin, truth, *, slack=1e-3):
+    """In bfloat16: at most 3 times as far from the float32 truth as the slow twin."""
+    assert (fast - truth).abs().max() <= 3 * (twin - truth).abs().max() + slack
