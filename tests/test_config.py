@@ -42,9 +42,12 @@ def test_every_option_has_help_a_group_and_a_default_of_its_own_type():
 
 def test_defaults_are_valid_and_resolve():
     settings = TrainSettings().resolved()
-    assert (settings.batch_size, settings.gradient_accumulation_steps, settings.prompts_per_step) == (16, 4, 8)
-    assert TrainSettings(shared_prefix="off").resolved().batch_size == 8
-    assert TrainSettings(backend="unsloth").resolved().batch_size == 8
+    assert (settings.batch_size, settings.gradient_accumulation_steps, settings.prompts_per_step) == (None, None, 8)
+    planned = settings.planned()
+    assert (planned.batch_size, planned.gradient_accumulation_steps, planned.prompts_per_step) == (16, 4, 8)
+    assert settings.planned(shares=False).batch_size == 8
+    assert TrainSettings(shared_prefix="off").planned().batch_size == 8
+    assert TrainSettings(backend="unsloth").planned().batch_size == 8
     assert settings.learning_rate == 1e-5
     assert TrainSettings(peft=False).resolved().learning_rate == 1e-6
     assert settings.resolved() == settings
@@ -175,12 +178,14 @@ def test_a_run_that_is_named_later_gets_a_folder_of_its_own():
     ],
 )
 def test_one_size_of_a_resolved_configuration_can_be_changed(changed, sizes):
-    settings = settings_from(TrainSettings().resolved().as_dict(), changed).resolved()
+    settings = settings_from(TrainSettings().resolved().planned().as_dict(), changed).resolved().planned()
     assert (settings.batch_size, settings.gradient_accumulation_steps, settings.prompts_per_step) == sizes
 
 
 def test_sizes_that_a_user_has_written_stay():
-    settings = settings_from({"batch_size": 8, "gradient_accumulation_steps": 4}, {"batch_size": 16}).resolved()
+    settings = (
+        settings_from({"batch_size": 8, "gradient_accumulation_steps": 4}, {"batch_size": 16}).resolved().planned()
+    )
     assert (settings.batch_size, settings.gradient_accumulation_steps, settings.prompts_per_step) == (16, 4, 8)
 
 
@@ -211,4 +216,4 @@ def test_an_empty_configuration_file_has_no_options(tmp_path):
 
 def test_the_number_of_processes_counts(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert TrainSettings().resolved().gradient_accumulation_steps == 2
+    assert TrainSettings().planned().gradient_accumulation_steps == 2

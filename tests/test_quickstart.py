@@ -150,7 +150,7 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
 
 
 def test_settings_are_those_of_a_run(tmp_path):
-    resolved = resolve_settings(quickstart.settings(tmp_path / "model", seed=2))
+    resolved = resolve_settings(quickstart.settings(tmp_path / "model", seed=2)).planned()
     assert (resolved.env, resolved.seed, resolved.model) == ("arithmetic", 2, str(tmp_path / "model"))
     assert resolved.gradient_accumulation_steps == 1
     assert not (tmp_path / "model").exists()

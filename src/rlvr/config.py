@@ -99,8 +99,8 @@ class TrainSettings:
 
     batch_size: int | None = option(
         None,
-        "completions in a micro-batch on each device, as in TRL; by default 8, or with shared prompts up to 32 that "
-        "compute no more tokens",
+        "completions in a micro-batch on each device, as in TRL; by default 8, or where prompts are shared up to 32 "
+        "that compute no more tokens (not with FSDP or DeepSpeed)",
         TRAINING,
         least=1,
     )
@@ -249,19 +249,19 @@ class TrainSettings:
             problems.append(f"{given} and fast_inference is 'on', which is another vLLM; leave one out.")
         return problems
 
-    def _batch_plan(self) -> BatchPlan | str:
+    def _batch_plan(self, *, shares: bool = True) -> BatchPlan | str:
         return batch_plan(
             num_generations=self.num_generations,
             batch_size=self.batch_size,
             gradient_accumulation_steps=self.gradient_accumulation_steps,
             prompts_per_step=self.prompts_per_step,
             processes=processes(),
-            usual_batch_size=self._usual_batch_size(),
+            usual_batch_size=self._usual_batch_size(shares),
         )
 
-    def _usual_batch_size(self) -> int:
+    def _usual_batch_size(self, shares: bool) -> int:
         backend = self.backend or os.environ.get("RLVR_BACKEND")
-        if self.shared_prefix == "off" or backend == "unsloth":
+        if not shares or self.shared_prefix == "off" or backend == "unsloth":
             return USUAL_BATCH_SIZE
         return shared_batch_size(
             num_generations=self.num_generations,
@@ -270,17 +270,29 @@ class TrainSettings:
         )
 
     def resolved(self) -> TrainSettings:
-        """With the values that follow from others filled in: batch sizes, learning rate, dtype."""
+        """With the values that follow from others filled in: prompts of a step, learning rate, dtype.
+
+        Micro-batches follow from the model too, once it is loaded: see `planned`.
+        """
         plan = self._batch_plan()
         assert isinstance(plan, BatchPlan)  # `__post_init__` has checked it
         return replace(
             self,
-            batch_size=plan.batch_size,
-            gradient_accumulation_steps=plan.gradient_accumulation_steps,
             prompts_per_step=plan.prompts_per_step,
             learning_rate=self.learning_rate or (1e-5 if self.peft else 1e-6),
             dtype="bfloat16" if self.bf16 else "float16" if self.fp16 else self.dtype,
         )
+
+    def planned(self, *, shares: bool = True) -> TrainSettings:
+        """With the size and the number of micro-batches filled in, where they were not given.
+
+        Args:
+            shares: whether the model's training forward can compute each prompt once; with padded rows of their own
+                completions take more memory.
+        """
+        plan = self._batch_plan(shares=shares)
+        assert isinstance(plan, BatchPlan)
+        return replace(self, batch_size=plan.batch_size, gradient_accumulation_steps=plan.gradient_accumulation_steps)
 
     def model_settings(self) -> ModelSettings:
         return ModelSettings(

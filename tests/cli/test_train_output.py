@@ -11,7 +11,10 @@ pytestmark = pytest.mark.both
 
 @pytest.mark.parametrize(
     ("shares", "says"),
-    [(True, "shared prompts saved 62% of the training tokens"), (False, "no shared prompts in training")],
+    [
+        (True, "packed rows with shared prompts saved 62% of the padded tokens"),
+        (False, "no shared prompts in training"),
+    ],
 )
 def test_the_last_lines_name_both_paths_and_what_they_saved(tmp_path, capsys, shares, says):
     summary = {

@@ -335,9 +335,21 @@ class Demanding:
 
 
 def test_settings_become_training_arguments_and_the_backend_has_the_last_word(policy, tmp_path):
-    settings = TrainSettings(
-        env="e", model="m", seed=3, kl_beta=0.1, top_k=5, min_p=0.2, max_steps=7, num_generations=4, prompts_per_step=3
-    ).resolved()
+    settings = (
+        TrainSettings(
+            env="e",
+            model="m",
+            seed=3,
+            kl_beta=0.1,
+            top_k=5,
+            min_p=0.2,
+            max_steps=7,
+            num_generations=4,
+            prompts_per_step=3,
+        )
+        .resolved()
+        .planned()
+    )
     arguments, changes = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     assert [change.name for change in changes] == ["optim"]  # the other is what was asked for
     expected = {
@@ -362,7 +374,7 @@ def test_settings_become_training_arguments_and_the_backend_has_the_last_word(po
 def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
     from trl import GRPOConfig
 
-    settings = TrainSettings(env="e", model="m", rollout_engine="vllm").resolved()
+    settings = TrainSettings(env="e", model="m", rollout_engine="vllm").resolved().planned()
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     assert set(arguments) <= set(GRPOConfig.__dataclass_fields__)
     assert arguments["vllm_enable_sleep_mode"] is False  # on a CPU vLLM has none
@@ -372,7 +384,7 @@ def test_every_argument_exists_in_the_installed_trl(policy, tmp_path):
 
 def test_a_vllm_server_reaches_trl(policy, tmp_path):
     server = "http://localhost:8000"
-    settings = TrainSettings(env="e", model="m", rollout_engine="vllm", vllm_server=server).resolved()
+    settings = TrainSettings(env="e", model="m", rollout_engine="vllm", vllm_server=server).resolved().planned()
     config = grpo_config(training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))[0])
     assert (config.use_vllm, config.vllm_mode, config.vllm_server_base_url) == (True, "server", server)
     assert config.vllm_enable_sleep_mode is False  # there is none of ours to put to sleep
@@ -380,7 +392,7 @@ def test_a_vllm_server_reaches_trl(policy, tmp_path):
 
 
 def test_trl_takes_the_arguments_as_they_are(policy, tmp_path):
-    settings = TrainSettings(env="e", model="m", loss_type="dr_grpo", max_steps=3).resolved()
+    settings = TrainSettings(env="e", model="m", loss_type="dr_grpo", max_steps=3).resolved().planned()
     arguments, _ = training_arguments(settings, policy, Demanding(), RunFolder(tmp_path))
     config = grpo_config(arguments)
     assert {name: getattr(config, name) for name in arguments} == arguments

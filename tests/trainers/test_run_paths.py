@@ -5,6 +5,7 @@ from short_runs import SMALL, environment
 
 import rlvr
 from rlvr.tracking.run_folder import RunFolder
+from rlvr.trainers.sharding import launched_to_shard
 
 pytestmark = pytest.mark.both
 
@@ -47,3 +48,29 @@ def test_what_is_asked_for_instead_is_done(model_folder, tmp_path):
     run = train(model_folder, tmp_path / "run", rollout_engine="generate", shared_prefix="off", canary_every=1)
     assert paths(run) == ("generate", False, 0.0)
     assert checked(run) == [1, 2, 3]
+
+
+ROWS = {
+    "batch_size": None,
+    "prompts_per_step": 4,
+    "num_generations": 8,
+    "max_prompt_length": 256,
+    "max_tokens": 8,
+    "max_steps": 1,
+}
+
+
+@pytest.mark.parametrize(("attention", "sizes"), [("sdpa", (32, 1)), ("eager", (8, 4))])
+def test_micro_batches_are_large_where_prompts_are_shared_alone(model_folder, tmp_path, attention, sizes):
+    """4 prompts of 8 completions each; with rows of their own 32 completions would take four times the memory."""
+    run = train(model_folder, tmp_path / "run", **ROWS, attention=attention)
+    assert run.summary["shared_prefix"] is (attention == "sdpa")
+    config = RunFolder(run.folder).config()
+    assert (config["batch_size"], config["gradient_accumulation_steps"]) == sizes
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_the_launcher_says_whether_weights_will_be_sharded(monkeypatch, variable):
+    assert not launched_to_shard()
+    monkeypatch.setenv(variable, "true")
+    assert launched_to_shard()

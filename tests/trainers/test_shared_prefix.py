@@ -276,6 +276,7 @@ def _unsloth_patched():
         (lambda: _with_config("gemma3_text", attn_logit_softcapping=50.0), "softcapping"),
         (lambda: _with_config("gemma3_text", use_bidirectional_attention=True), "bidirectional"),
         (lambda: _with_config("llama", rope_parameters={"rope_type": "dynamic"}), "'dynamic'"),
+        (lambda: _with_config("phi3", rope_parameters={"rope_type": "longrope"}), "'longrope'"),
         (lambda: tiny_model("qwen2_moe"), "'qwen2_moe'"),
         (lambda: tiny_model("gpt2"), "'gpt2'"),
         (_with_copied_config, "model.layers.0.self_attn has a configuration of its own"),
@@ -300,10 +301,3 @@ def test_refusals_name_the_reason(model, words):
 
 def _peft(config, architecture="qwen2"):
     return get_peft_model(tiny_model(architecture), config)
-
-
-def test_rope_that_depends_on_the_batch_is_fine_below_its_limit():
-    rope = {"rope_type": "longrope", "original_max_position_embeddings": 100}
-    model = _with_config("phi3", rope_parameters=rope)
-    assert unsupported_reason(model, longest_sequence=100) is None
-    assert "longrope" in unsupported_reason(model, longest_sequence=101)

@@ -267,7 +267,7 @@ def configure(loss_type):
     from rlvr.tracking.run_folder import RunFolder
     from rlvr.trainers.arguments import grpo_config, training_arguments
 
-    settings = TrainSettings(env="e", model="m", loss_type=loss_type, scale_rewards="group").resolved()
+    settings = TrainSettings(env="e", model="m", loss_type=loss_type, scale_rewards="group").resolved().planned()
     policy = SimpleNamespace(model=torch.nn.Linear(1, 1))
     policy.model.device = torch.device("cpu")
     backend = SimpleNamespace(training_arguments=lambda policy: ())

@@ -73,7 +73,7 @@ def _quickstart(flags: dict[str, Any], *, dry_run: bool) -> None:
 
 def _run(settings: TrainSettings, *, dry_run: bool) -> None:
     if dry_run:
-        print_config(settings.as_dict())
+        print_config(settings.planned().as_dict())
         return
     set_up_output()
     print_run(train_with(settings))
@@ -97,7 +97,7 @@ def print_run(run: Any) -> None:
     before, after = run.summary["eval_before"], run.summary["eval_after"]
     if after:
         console.print(metrics_table({"before": before, "after": after}))
-    shared = f"shared prompts saved {run.summary['token_ratio_saved']:.0%} of the training tokens"
+    shared = f"packed rows with shared prompts saved {run.summary['token_ratio_saved']:.0%} of the padded tokens"
     console.print(
         f"{counted(run.summary['steps'], 'step')} in {run.summary['seconds']:.0f} s · "
         f"backend {run.summary['backend']} · rollouts by {run.summary['rollout_engine']} · "

@@ -191,6 +191,7 @@ def train_with(
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
         chooses_checkpointing = policy is None and settings.gradient_checkpointing is None
         policy = policy or _load_policy(settings, backend)
+        settings = settings.planned(shares=_shares_prompts(policy))
         if checkpoint is not None:
             check_base_commit(recorded_base(folder), policy.settings.revision)
         rows = training_rows(environment, policy, settings)
@@ -293,6 +294,14 @@ def _load_policy(settings: TrainSettings, backend: ModelBackend) -> LoadedPolicy
     from rlvr.backends import load_policy
 
     return load_policy(backend=backend, lora=settings.lora_settings(), **asdict(settings.model_settings()))
+
+
+def _shares_prompts(policy: LoadedPolicy) -> bool:
+    """Whether the trainer is going to compute each prompt once, as far as the policy and the launcher tell."""
+    from rlvr.trainers.sharding import launched_to_shard
+    from rlvr.trainers.shared_prefix import unsupported_reason
+
+    return unsupported_reason(policy.model) is None and not launched_to_shard()
 
 
 def _training_facts(trainer: Any, settings: TrainSettings, environment: Environment) -> dict[str, Any]:

@@ -17,3 +17,10 @@ def sharding_problem(trainer: Any) -> str | None:
     if deepspeed is not None and deepspeed.zero_stage == 3:
         return "DeepSpeed ZeRO-3 shards the weights"
     return None
+
+
+def launched_to_shard() -> bool:
+    """Whether accelerate's launcher was told of FSDP or DeepSpeed, of any stage: known before there is a trainer."""
+    from accelerate.utils import parse_flag_from_env
+
+    return any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))

@@ -28,15 +28,9 @@ def unwrap(model: Any) -> Any:
             return model
 
 
-def unsupported_reason(model: Any, *, longest_sequence: int | None = None) -> str | None:
-    """Why prompts cannot be shared in this model's training forward; None if they can.
-
-    Args:
-        model: the policy, wrapped or not.
-        longest_sequence: the most tokens that prompt and completion will have together, if known.
-    """
-    base = unwrap(model)
-    return _wrapper_reason(model) or _adapter_reason(model) or _base_reason(base, longest_sequence)
+def unsupported_reason(model: Any) -> str | None:
+    """Why prompts cannot be shared in this model's training forward, wrapped or not; None if they can."""
+    return _wrapper_reason(model) or _adapter_reason(model) or _base_reason(unwrap(model))
 
 
 def _wrapper_reason(model: Any) -> str | None:
@@ -64,7 +58,7 @@ def _adapter_reason(model: Any) -> str | None:
     return None
 
 
-def _base_reason(model: Any, longest_sequence: int | None) -> str | None:
+def _base_reason(model: Any) -> str | None:
     config = model.config
     kind = config.model_type
     for module in model.modules():
@@ -85,14 +79,12 @@ def _base_reason(model: Any, longest_sequence: int | None) -> str | None:
         return f"attn_logit_softcapping is {config.attn_logit_softcapping}; the packed attention has none"
     if getattr(config, "use_bidirectional_attention", False):
         return "attention is bidirectional"
-    return _rope_reason(config, longest_sequence) or configuration_problem(model)
+    return _rope_reason(config) or configuration_problem(model)
 
 
-def _rope_reason(config: Any, longest_sequence: int | None) -> str | None:
+def _rope_reason(config: Any) -> str | None:
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        kind = parameters.get("rope_type")
-        limit = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
-        if kind in ROPE_BY_LENGTH and (longest_sequence is None or longest_sequence > limit):
-            return f"rope type {kind!r} changes with the batch's longest sequence beyond {limit} tokens"
+        if parameters.get("rope_type") in ROPE_BY_LENGTH:
+            return f"rope type {parameters['rope_type']!r} changes with the longest sequence of a batch"
     return None
