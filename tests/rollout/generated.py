@@ -6,16 +6,18 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 
 def generate_greedily(model, ids, max_new_tokens, eos=(), **settings):
-    """One sequence, all of its ids, transformers' own cache and masks."""
+    """One sequence, all of its ids, padded as in a batch with a longer one; transformers' own cache and masks."""
+    padding = [0] * 3
     output = model.generate(
-        torch.tensor([ids], device=model.device),
+        torch.tensor([padding + ids], device=model.device),
+        attention_mask=torch.tensor([padding + [1] * len(ids)], device=model.device),
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=list(eos) or None,
         pad_token_id=0,
         **settings,
     )
-    return output[0, len(ids) :].tolist()
+    return output[0, len(padding) + len(ids) :].tolist()
 
 
 def scored(model, history, tokens, repetition_penalty=1.0):

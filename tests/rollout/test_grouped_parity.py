@@ -146,7 +146,7 @@ def test_a_turn_without_an_end_has_all_of_its_tokens(model):
         assert [len(turn.token_ids) for _, turn in played] == [budget] * 6
 
 
-@of("qwen2")
+@of()
 def test_a_turn_after_a_tool_result_ends_where_generate_ends(model):
     batch, results = random_prompts(3, [8], seed=8), random_prompts(3, [4], seed=9)
     later = [turn.token_ids for _, turn in play_turns(greedy_engine(model), batch, [results], 8)[3:]]
@@ -154,7 +154,8 @@ def test_a_turn_after_a_tool_result_ends_where_generate_ends(model):
     played = play_turns(greedy_engine(model, eos), batch, [results], 8)
     for history, turn in played:
         as_generate(model, history, turn, 8, eos)
-    assert len({len(turn.token_ids) for _, turn in played[3:]}) == 3
+    assert len({len(turn.token_ids) for _, turn in played[3:]}) > 1
+    assert any(turn.ended for _, turn in played[3:])
 
 
 @of("qwen2", "mistral-sliding")
@@ -208,6 +209,6 @@ def test_logprobs_are_those_of_a_full_forward(model):
             values.append(chosen(logprobs, turn.token_ids))
     given, own, truth = torch.cat(given), torch.cat(own), torch.cat(truth)
     if model.dtype == torch.float32:
-        torch.testing.assert_close(given, truth, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(given, truth, atol=1e-5, rtol=0)
     else:
         assert_as_near_to_the_truth(given, own, truth, slack=1e-2)

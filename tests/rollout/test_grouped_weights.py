@@ -11,7 +11,7 @@ from places import PLACES, Place
 from torch import nn
 
 from rlvr.rollout.engine import SamplingSettings
-from rlvr.rollout.grouped import GroupedEngine
+from rlvr.rollout.grouped import GroupedEngine, weights
 from rlvr.rollout.grouped.weights import causal_lm, fingerprint, mergeable, merged_lora, merged_weight, rollout_mode
 from rlvr.testing.tiny import tiny_model
 
@@ -35,7 +35,11 @@ def adapted(dtype=torch.float32, device="cpu", **lora):
     model = place.put(tiny_model(dtype=dtype, **place.sizes))
     torch.manual_seed(1)
     lora.setdefault("target_modules", LINEAR)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, init_lora_weights=False, **lora))
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, init_lora_weights=False, **lora))
+    for name, parameter in model.named_parameters():
+        if ".modules_to_save." in name:  # else a copy of what it stands for
+            parameter.data += 0.2 * torch.randn(parameter.shape).to(parameter)
+    return model
 
 
 def complete(model, **settings):
@@ -96,6 +100,15 @@ def test_merging_in_bfloat16_restores_every_bit_and_rounds_once(device):
         assert not torch.equal(merged.weight, before["base_model.model.model.layers.0.mlp.up_proj.base_layer.weight"])
         error = (merged.weight.double() - exact).abs()
         assert (error <= exact.abs() * 2**-7 + 1e-7).all()  # one of the two bfloat16 numbers beside it
+    complete(model)
+    assert same_state(model, before)
+
+
+@pytest.mark.gpu
+def test_originals_that_find_no_room_on_the_gpu_come_back_from_the_host(monkeypatch):
+    monkeypatch.setattr(weights, "_room", lambda modules: 0)
+    model = adapted(torch.bfloat16, "cuda")
+    before = state(model)
     complete(model)
     assert same_state(model, before)
 

@@ -191,7 +191,7 @@ def check_samples(
     logprobs = [row.logprobs.tolist() for row in written]
     drift = check_sampler(trainer, prompts, tokens, masks, logprobs, sampler="transformers' generate")
 
-    mean = torch.cat([row.logprobs for row in written]).mean().item()
+    mean = torch.cat([row.drawn for row in written]).mean().item()
     expected = -torch.cat([row.entropies for row in written]).mean().item()
     below, above = chance(torch.cat([row.cumulants for row in written]))
     bound = bound_of(trainer)
@@ -226,12 +226,14 @@ def _first_turn(
 class Written:
     """Of T tokens as `generate` writes them, at the sampling temperature, in nats."""
 
-    logprobs: torch.Tensor  # (T,)
-    entropies: torch.Tensor  # (T,), of the distributions that they are drawn from
+    logprobs: torch.Tensor  # (T,), by the policy
+    drawn: torch.Tensor  # (T,), by the distributions that they are drawn from, after the repetition penalty
+    entropies: torch.Tensor  # (T,), of these
     cumulants: torch.Tensor  # (T, tilts)
 
 
 def _write_again(trainer: RolloutMixin, prompt_ids: list[list[int]], token_ids: list[list[int]]) -> list[Written]:
+    from transformers import RepetitionPenaltyLogitsProcessor
     from trl.models import unwrap_model_for_generation
 
     padding, device = trainer._tokenizer.pad_token_id, trainer.accelerator.device
@@ -246,12 +248,14 @@ def _write_again(trainer: RolloutMixin, prompt_ids: list[list[int]], token_ids: 
             return_dict_in_generate=True,
             prefix_allowed_tokens_fn=lambda row, so_far: [forced[row][len(so_far) - before]],
         )  # fmt: skip
-    chosen = torch.tensor(forced, device=device)
+    penalize = RepetitionPenaltyLogitsProcessor(trainer.repetition_penalty)
     steps = []
     for step, logits in enumerate(output.logits):  # one at a time, of (B, vocabulary)
-        of_all = (logits.float() / trainer.temperature).log_softmax(-1)
-        of_chosen = of_all.gather(-1, chosen[:, step, None]).squeeze(-1)
-        steps.append((of_chosen, entropy(of_all), cumulants(of_all)))
+        so_far, chosen = output.sequences[:, : before + step], torch.tensor(forced, device=device)[:, step, None]
+        penalized = penalize(so_far, logits.float())
+        by_policy, drawn = ((scores / trainer.temperature).log_softmax(-1) for scores in (logits.float(), penalized))
+        of_chosen = (values.gather(-1, chosen).squeeze(-1) for values in (by_policy, drawn))
+        steps.append((*of_chosen, entropy(drawn), cumulants(drawn)))
     columns = [torch.stack(column, dim=1) for column in zip(*steps, strict=True)]
     return [Written(*(column[row, : len(turn)] for column in columns)) for row, turn in enumerate(token_ids)]
 

@@ -64,6 +64,8 @@ class LogProbabilityMixin(_Base):
             ConfigError: `asked` is not one of auto, on and off.
             UnsupportedSettingError: "on", and the model or an option does not allow it.
         """
+        import torch
+
         from rlvr.trainers.shared_prefix import unsupported_reason
 
         if asked not in ("auto", "on", "off"):
@@ -81,6 +83,8 @@ class LogProbabilityMixin(_Base):
             problem = "Unsloth's trainer computes log-probabilities in its own order of columns"
         if problem is None:
             self.shares_prefix = True
+            if any(isinstance(module, torch.nn.Dropout) and module.p for module in self.model.modules()):
+                logger.info("completions of a prompt train with the same dropout of it, which they share.")
             if self.model.device.type == "cuda" and find_spec("triton") is not None:
                 self._fuse()
         elif asked == "on":

@@ -148,8 +148,11 @@ class RolloutMixin(_Base):
         recorded = [values for values in logprobs if values is not None]
         if self.use_vllm and (truncated or self.repetition_penalty != 1):
             recorded = []  # vLLM gives log-probabilities of the distribution that it draws from: not comparable
-        if not recorded and (self.repetition_penalty != 1 or self.args.generation_kwargs):
-            self._leave_unchecked("repetition_penalty and generation_kwargs change what is sampled")
+        if not recorded and self.args.generation_kwargs:
+            self._leave_unchecked("generation_kwargs change what is sampled")
+            return
+        if sampler is not None and self.repetition_penalty != 1:
+            self._leave_unchecked(f"whether {sampler} has the repetition_penalty is not known")
             return
         if not recorded and not {*own} <= {"top_k", "min_p"}:
             self._leave_unchecked(f"the model's generation config changes what is sampled ({', '.join(own)})")
