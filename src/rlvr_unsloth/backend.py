@@ -37,6 +37,7 @@ from rlvr.backends.checks import (  # noqa: E402
     resolve_dtype,
     weights_in_bytes,
 )
+from rlvr.backends.four_bits import save_merged_in_4_bits  # noqa: E402
 from rlvr.backends.protocol import (  # noqa: E402
     PROTOCOL_VERSION,
     ArgumentChange,
@@ -53,9 +54,8 @@ from rlvr_unsloth.sixteen_bits import round_to_16_bits  # noqa: E402
 ALPHA_MULTIPLIER = 2  # Unsloth recommends an alpha of twice the rank
 MAX_LORA_RANK = 64  # vLLM reserves room for adapters of this rank when the model is loaded
 
-_SAVE_METHODS: dict[str, str] = {"adapter": "lora", "merged-16bit": "merged_16bit"}
 _NO_BASE = ["*.gguf", "*.onnx", "*.h5", "*.msgpack", "*.pth"]  # forms of a model that are not loaded
-_OTHER_FORMATS = "merged-4bit and gguf are not part of this backend: quantize or convert a merged-16bit model."
+_NO_GGUF = "gguf is not part of this backend: convert a merged-16bit model."
 
 
 class UnslothBackend:
@@ -170,15 +170,19 @@ class UnslothBackend:
         unsloth.FastLanguageModel.for_inference(policy.model)
 
     def save(self, policy: LoadedPolicy, folder: Path, export_format: ExportFormat = "adapter") -> None:
-        """Writes the adapter (the whole model, where all weights were trained) or a merged 16-bit model.
+        """Writes the adapter (the whole model, where all weights were trained) or a merged model, in 16 or 4 bits.
 
         Raises:
             UnsupportedSettingError: another format was asked for, or Unsloth cannot merge this model here.
         """
-        if export_format not in _SAVE_METHODS:
+        formats = self.capabilities().export_formats
+        if export_format not in formats:
             raise UnsupportedSettingError(
-                f"backend {self.name!r} cannot export {export_format!r}; allowed: {', '.join(_SAVE_METHODS)}."
+                f"backend {self.name!r} cannot export {export_format!r}; allowed: {', '.join(formats)}."
             )
+        if export_format == "merged-4bit":
+            save_merged_in_4_bits(self, policy, folder)
+            return
         model: Any = policy.model
         with _output_to_stderr():
             if export_format == "adapter":
@@ -186,9 +190,7 @@ class UnslothBackend:
                 policy.tokenizer.save_pretrained(folder)
                 return
             try:
-                model.save_pretrained_merged(
-                    str(folder), tokenizer=policy.tokenizer, save_method=_SAVE_METHODS[export_format]
-                )
+                model.save_pretrained_merged(str(folder), tokenizer=policy.tokenizer, save_method="merged_16bit")
             except NotImplementedError as error:
                 raise UnsupportedSettingError(f"Unsloth cannot export {export_format!r} here: {error}") from error
         stored = _dtype(model)
@@ -261,9 +263,9 @@ def _cpu_capabilities() -> Capabilities:
         lora_inits=frozenset({"default", "gaussian", "pissa", "olora", "orthogonal"}),
         trust_remote_code=True,
         notes=(
-            "Unsloth found no GPU: 4bit, 8bit and fast_inference need one.",
+            "Unsloth found no GPU: 4bit, 8bit, merged-4bit and fast_inference need one.",
             "Unsloth on a CPU replaces float16 by another dtype; use bfloat16 or float32.",
-            _OTHER_FORMATS,
+            _NO_GGUF,
         ),
     )
 
@@ -272,9 +274,9 @@ def _gpu_capabilities() -> Capabilities:
     has_bitsandbytes = find_spec("bitsandbytes") is not None
     has_vllm_package = find_spec("vllm") is not None and torch.cuda.get_device_capability()[0] >= 7
     has_bfloat16 = unsloth.is_bfloat16_supported()
-    notes = ["Unsloth chooses the attention implementation itself.", _OTHER_FORMATS]
+    notes = ["Unsloth chooses the attention implementation itself.", _NO_GGUF]
     if not has_bitsandbytes:
-        notes.append('4bit and 8bit need bitsandbytes: pip install "rlvr[quantization]".')
+        notes.append('4bit, 8bit and merged-4bit need bitsandbytes: pip install "rlvr[quantization]".')
     if not has_vllm_package:
         notes.append('fast_inference needs vLLM and a GPU of compute capability 7: pip install "rlvr[vllm]".')
     return Capabilities(
@@ -287,6 +289,7 @@ def _gpu_capabilities() -> Capabilities:
         dora=True,
         lora_inits=frozenset({"default", "gaussian", "pissa", "olora", "orthogonal"}),
         trust_remote_code=True,
+        export_formats=("adapter", "merged-16bit", *(["merged-4bit"] if has_bitsandbytes else [])),
         notes=tuple(notes),
     )
 

@@ -126,7 +126,7 @@ def test_a_saved_adapter_loads_back_as_the_same_policy(smooth_folder, tmp_path, 
     )  # fmt: skip
     again = load_backend("unsloth").load_saved(run.folder / "adapter", run.policy.settings)
     assert adapter_hash(again.model) == run.summary["adapter"]
-    for export_format in ("adapter", "merged-16bit"):
+    for export_format in ("adapter", "merged-16bit", "merged-4bit"):
         exported = rlvr.export(run.folder, export_format, output=tmp_path / export_format)
         assert json.loads((exported.folder / "parity.json").read_text())["ok"]
 

@@ -391,7 +391,7 @@ CASES = [
         "export-4bit",
         "export run --format merged-4bit",
         trained_run(),
-        ["backend 'hf' cannot export 'merged-4bit' here", "adapter, merged-16bit", "as it is loaded"],
+        ["backend 'hf' cannot export 'merged-4bit' here", "adapter, merged-16bit", "merged-4bit need a CUDA GPU"],
     ),
     (
         "export-gguf-without-converter",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from faulty_tokenizers import OTHER_TEMPLATE, SavesOtherEnd, SavesOtherTemplate
+from right_backends import RoundsToFewBits
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -25,6 +26,13 @@ class Claims4BitExport(HFBackend):
     def save(self, policy, folder, export_format="adapter"):
         if export_format == "merged-4bit":
             raise NotImplementedError("soon")
+        super().save(policy, folder, export_format)
+
+
+class Exports4BitsOfTheBase(RoundsToFewBits):
+    def save(self, policy, folder, export_format="adapter"):
+        if export_format == "merged-4bit":
+            policy = self.load_policy(policy.settings)
         super().save(policy, folder, export_format)
 
 
@@ -252,6 +260,7 @@ SAVING_FAULTS = {
     MergeLosesBias: "export-merged-16bit",
     MergeLosesDora: "export-merged-16bit",
     Claims4BitExport: "export-merged-4bit",
+    Exports4BitsOfTheBase: "export-merged-4bit",
     ExportsWhatItDoesNotClaim: "export-gguf",
 }
 """Fault → the check that has to find it."""

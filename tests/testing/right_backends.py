@@ -64,7 +64,10 @@ class RoundsToFewBits(HFBackend):
     """Stands in for bitsandbytes: linear layers are rounded to 4 bits (NF4, in blocks of 64) or to 8 (by rows)."""
 
     def capabilities(self):
-        return replace(super().capabilities(), quantizations=frozenset({"none", "4bit", "8bit"}))
+        formats = ("adapter", "merged-16bit", "merged-4bit")
+        return replace(
+            super().capabilities(), quantizations=frozenset({"none", "4bit", "8bit"}), export_formats=formats
+        )
 
     def load_policy(self, settings):
         policy = super().load_policy(replace(settings, quantization="none"))

@@ -15,7 +15,8 @@ from rlvr.testing.conformance.checks import settings
 from rlvr.testing.conformance.context import LIVELY, CheckFailed
 from rlvr.testing.tiny import save_tiny
 
-QUANTIZED = ("setting-quantization", "memory-in-use", "trains-adapter-only", "export-adapter", "export-merged-16bit")
+EXPORTS = ("export-adapter", "export-merged-16bit", "export-merged-4bit")
+QUANTIZED = ("setting-quantization", "memory-in-use", "trains-adapter-only", *EXPORTS)
 RIGHT = {
     BFloat16Only: ("settings", "lora", "policy", "training", "saving"),
     PlainSGD: ("training",),

@@ -25,6 +25,7 @@ from rlvr.backends.checks import (
     resolve_dtype,
     weights_in_bytes,
 )
+from rlvr.backends.four_bits import save_merged_in_4_bits
 from rlvr.backends.hf.merge import merged_state_dict, with_weights
 from rlvr.backends.process_state import refuse_replaced_trainer
 from rlvr.backends.protocol import (
@@ -54,10 +55,11 @@ class HFBackend:
         has_flash = on_cuda and is_flash_attn_2_available()
         notes = [
             "an inference engine beside the model (fast_inference) is not part of this backend.",
-            "merged-4bit is not part of this backend: bitsandbytes quantizes a merged-16bit model as it is loaded.",
         ]
         if not has_bitsandbytes:
-            notes.append('4bit and 8bit need a CUDA GPU and bitsandbytes: pip install "rlvr[quantization]".')
+            notes.append(
+                '4bit, 8bit and merged-4bit need a CUDA GPU and bitsandbytes: pip install "rlvr[quantization]".'
+            )
         if not has_flash:
             notes.append("flash_attention_2 needs a CUDA GPU and the flash-attn package.")
         return Capabilities(
@@ -68,6 +70,7 @@ class HFBackend:
             dora=True,
             lora_inits=frozenset({"default", "gaussian", "pissa", "olora", "orthogonal"}),
             trust_remote_code=True,
+            export_formats=("adapter", "merged-16bit", *(["merged-4bit"] if has_bitsandbytes else [])),
             notes=tuple(notes),
         )
 
@@ -149,9 +152,10 @@ class HFBackend:
         policy.model.eval()
 
     def save(self, policy: LoadedPolicy, folder: Path, export_format: ExportFormat = "adapter") -> None:
-        """Writes the adapter (the whole model, where all weights were trained) or a merged 16-bit model.
+        """Writes the adapter (the whole model, where all weights were trained) or a merged model.
 
-        A merged model is computed in float32 and rounded once, to the policy's 16-bit dtype or bfloat16.
+        A merged model is computed in float32 and rounded once, to the policy's 16-bit dtype or bfloat16; in 4 bits it
+        is quantized from there.
         The policy is not changed. Where it is quantized, the adapter is merged into the unquantized
         checkpoint.
 
@@ -163,6 +167,9 @@ class HFBackend:
             raise UnsupportedSettingError(
                 f"backend {self.name!r} cannot export {export_format!r}; allowed: {', '.join(formats)}."
             )
+        if export_format == "merged-4bit":
+            save_merged_in_4_bits(self, policy, folder)
+            return
         model: Any = policy.model
         if export_format == "merged-16bit":
             model = self._merged(policy)
