@@ -174,6 +174,10 @@ def test_what_unsloths_trainer_ignores_is_refused(monkeypatch, model, tmp_path):
         EnhancedGRPOTrainer(
             model=model, reward_funcs=distinct_characters, args=grpo_config(tmp_path), peft_config=lora()
         )
+    model.vllm_engine = object()
+    args = grpo_config(tmp_path, vllm_mode="server", vllm_tensor_parallel_size=2)
+    with pytest.raises(UnsupportedSettingError, match=r"^vllm_mode='server', vllm_tensor_parallel_size=2: the model"):
+        EnhancedGRPOTrainer(model=model, reward_funcs=distinct_characters, args=args)
 
 
 def test_a_class_that_has_the_base_already_is_not_composed_again():

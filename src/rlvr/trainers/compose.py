@@ -46,7 +46,17 @@ def is_unsloth_class(trainer_class: type) -> bool:
     return any(base.__name__.startswith(("Unsloth", "_Unsloth")) for base in trainer_class.__mro__)
 
 
-def refuse_what_unsloth_ignores(args: Any, peft_config: Any) -> None:
+_OF_A_VLLM_TO_START = {
+    "vllm_mode": "colocate",
+    "vllm_server_base_url": None,
+    "vllm_model_impl": "vllm",
+    "vllm_max_model_length": None,
+    "vllm_tensor_parallel_size": 1,
+}
+"""TRL's arguments of the vLLM that a trainer would start or ask, and their defaults."""
+
+
+def refuse_what_unsloth_ignores(args: Any, peft_config: Any, *, model: Any) -> None:
     """What Unsloth's generated trainer passes over with a warning, or with none.
 
     Args:
@@ -66,6 +76,14 @@ def refuse_what_unsloth_ignores(args: Any, peft_config: Any) -> None:
             "train. Put the adapter on first, with FastLanguageModel.get_peft_model or "
             "rlvr.load_policy(..., backend='unsloth', lora=...), and leave peft_config out."
         )
+    if hasattr(model, "vllm_engine"):
+        values = {name: getattr(args, name, usual) for name, usual in _OF_A_VLLM_TO_START.items()}
+        given = [f"{name}={value!r}" for name, value in values.items() if value != _OF_A_VLLM_TO_START[name]]
+        if given:
+            raise UnsupportedSettingError(
+                f"{', '.join(given)}: the model was loaded beside a vLLM of its own (fast_inference), which Unsloth's "
+                "trainer samples with whatever these say. Leave them out, or load with fast_inference='off'."
+            )
 
 
 def is_unsloth_model(model: Any) -> bool:

@@ -114,7 +114,7 @@ class EnhancedGRPOTrainer(RolloutMixin, LogProbabilityMixin, _Base):
             log=logger.warning,
         )
         if self._on_unsloth_trainer:
-            refuse_what_unsloth_ignores(args, prepared.peft_config)
+            refuse_what_unsloth_ignores(args, prepared.peft_config, model=model)
 
         functions = reward_funcs if isinstance(reward_funcs, list) else [reward_funcs] if reward_funcs else []
         functions = [checked(function) for function in functions]
