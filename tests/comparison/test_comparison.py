@@ -26,8 +26,14 @@ has_unsloth = importlib.util.find_spec("unsloth") is not None
 
 SHORT = (
     *("--max-tokens", "6", "--max-prompt-length", "64", "--num-generations", "4", "--prompts-per-step", "2"),
-    *("--learning-rate", "0.01", "--levels", "1"),
+    *("--learning-rate", "0.01"),
 )
+DENSE_REWARD = """
+import zlib
+
+def reward(trajectory):
+    return zlib.crc32(trajectory.text.encode()) % 8 / 7
+"""
 
 FIRST = BackendRun(
     backend="one",
@@ -43,8 +49,10 @@ FIRST = BackendRun(
     first_loss=0.125,
     first_grad_norm=2.0,
     first_completions=["a", "b", "c", "d"],
+    first_update={"a": [0.0, 0.0], "b": [3.0, -4.0]},
     probe_ids=[[1, 2, 3]],
     probe_logprobs=[[-1.0, -2.0]],
+    probe_gradient={"a": [0.0, 0.0], "b": [6.0, 8.0]},
 )
 OTHER = dataclasses.replace(
     FIRST,
@@ -53,6 +61,7 @@ OTHER = dataclasses.replace(
     first_loss=0.0625,
     first_completions=["a", "x", "c", "y"],
     probe_logprobs=[[-1.0, -2.5]],
+    probe_gradient={"a": [0.0, 5.0], "b": [6.0, 8.0]},
 )
 
 
@@ -69,11 +78,15 @@ def test_the_table_by_hand():
     )  # the median of 300 in 4 s and 300 in 2 s: as the times, without the first step
     assert rows["peak memory, MiB"][0] == "3"
     assert rows["start differs by, nats a token"] == ["0", "0.5"]
+    assert rows["gradient differs by, of its norm"] == ["0", "0.5"]  # 5 of 10
     assert rows["same completions at step 1"] == ["4 of 4", "2 of 4"]
+    assert rows["update at step 1 differs by, of its norm"] == ["0", "other completions"]
     assert rows["lora alpha / r"] == ["16 / 8", "no LoRA"]
     found = comparison.as_json()["backends"]["other"]
     assert found["start_differs_by_nats"] == 0.5
     assert found["first_loss_differs_by"] == 0.0625
+    assert (found["gradient_differs_by"], found["first_update_differs_by"]) == (0.5, None)
+    assert not {"first_update", "probe_gradient"} & {*found}
     assert found["update_seconds"] == [3.0, 1.5, 0.75]
 
 
@@ -99,9 +112,37 @@ def test_a_loss_or_a_gradient_norm_that_is_not_finite_is_said(capsys):
     assert "loss at step 1 is not finite, and not compared between one and other" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("update", "differs_by", "text"),
+    [
+        ({"a": [0.0, 0.0], "b": [3.0, -4.0]}, 0, "0"),
+        ({"a": [0.0, 0.0], "b": [-3.0, 4.0]}, 2, "2"),
+        ({"a": [0.0, 0.0], "b": [6.0, -8.0]}, 1, "1"),
+        ({"a": [3.0, 4.0], "b": [3.0, -4.0]}, 1, "1"),
+        ({"b": [3.0, -4.0]}, None, "not comparable"),
+        ({"a": [0.0, 0.0], "b": [float("nan"), -4.0]}, None, "not comparable"),
+    ],
+    ids=["same", "opposite", "twice as large", "another tensor moved", "other tensors", "not finite"],
+)
+def test_updates_and_gradients_are_compared_as_a_share_of_their_norm(update, differs_by, text):
+    other = dataclasses.replace(FIRST, first_update=update, probe_gradient=update)
+    first = dataclasses.replace(FIRST, probe_gradient=FIRST.first_update)
+    assert other.update_difference(first) == other.gradient_difference(first) == differs_by
+    rows = dict(Comparison(env="e", model="m", as_is=True, runs=(first, other)).rows())
+    assert rows["update at step 1 differs by, of its norm"] == ["0", text]
+    assert rows["gradient differs by, of its norm"] == ["0", text]
+
+
+def test_a_first_step_without_an_update_is_not_called_agreement():
+    still = dataclasses.replace(FIRST, first_update={"a": [0.0, 0.0], "b": [0.0, 0.0]})
+    assert still.update_difference(still) is None
+    rows = dict(Comparison(env="e", model="m", as_is=True, runs=(still, still)).rows())
+    assert rows["update at step 1 differs by, of its norm"] == ["no update", "no update"]
+
+
 def test_policies_that_read_other_tokens_are_not_compared():
     other = dataclasses.replace(OTHER, probe_ids=[[1, 2, 4]])
-    assert other.probe_difference(FIRST) is None
+    assert other.probe_difference(FIRST) is other.gradient_difference(FIRST) is None
     rows = dict(Comparison(env="e", model="m", as_is=True, runs=(FIRST, other)).rows())
     assert rows["start differs by, nats a token"] == ["0", "other tokens"]
 
@@ -277,13 +318,23 @@ def test_secrets_are_not_on_the_command_line_of_a_process(tmp_path, monkeypatch,
     assert {"api_key": "hush"} in [task.get("settings", {}).get("env_options") for task in tasks]
 
 
-def comparison_of(capsys, folder, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(["compare", "arithmetic", "--output-dir", str(folder), "--json", *arguments, *SHORT])
-    assert not stop.value.code
-    found = json.loads(capsys.readouterr().out)
-    assert found == json.loads((folder / "comparison.json").read_text())
-    return found
+@pytest.fixture
+def comparison_of(capsys, tmp_path, monkeypatch):
+    """Compares in an environment whose rewards differ, whatever a tiny model says."""
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"question": "say {n}", "answer": "x"}}\n' for n in range(20)))
+    (tmp_path / "dense_reward.py").write_text(DENSE_REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    data = ("--datasets", str(tmp_path / "rows.jsonl"), "--reward", "dense_reward:reward")
+
+    def run(folder, *arguments):
+        with pytest.raises(SystemExit) as stop:
+            main(["compare", "dataset", *data, "--output-dir", str(folder), "--json", *arguments, *SHORT])
+        assert not stop.value.code
+        found = json.loads(capsys.readouterr().out)
+        assert found == json.loads((folder / "comparison.json").read_text())
+        return found
+
+    return run
 
 
 OTHER_BACKEND = """
@@ -302,6 +353,14 @@ def rlvr_backend():
 
     return Doubling()
 """
+NEGATING_BACKEND = OTHER_BACKEND.replace("other", "negating").replace(
+    "return super().apply_lora(policy, lora.applied(2))",
+    """policy = super().apply_lora(policy, lora)
+            for weight in policy.model.parameters():
+                if weight.requires_grad:
+                    weight.register_hook(lambda gradient: -gradient)
+            return policy""",
+)
 
 
 @pytest.fixture
@@ -317,7 +376,8 @@ def install_backend(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(site)
 
     yield install
-    sys.modules.pop("other_plugin", None)
+    for name in ("other_plugin", "negating_plugin"):
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -327,15 +387,17 @@ def other_backend(install_backend):
 
 
 def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
-    tmp_path, capsys, model_folder, other_backend
+    tmp_path, comparison_of, model_folder, other_backend
 ):
     arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "2")
-    found = comparison_of(capsys, tmp_path / "equalised", *arguments)["backends"]
+    found = comparison_of(tmp_path / "equalised", *arguments)["backends"]
     assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
     assert found["other"]["start_differs_by_nats"] == 0
     assert found["other"]["same_first_completions"] == len(found["hf"]["first_completions"]) == 8
     assert found["other"]["first_loss_differs_by"] == 0
+    assert found["other"]["gradient_differs_by"] == found["other"]["first_update_differs_by"] == 0
     assert found["other"]["rewards"] == found["hf"]["rewards"]
+    assert found["hf"]["first_grad_norm"] > 0
     for run in found.values():
         assert len(run["step_seconds"]) == len(run["rewards"]) == 2
         assert all(seconds > 0 for seconds in run["rollout_seconds"] + run["scoring_seconds"] + run["update_seconds"])
@@ -346,28 +408,47 @@ def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
     assert (tmp_path / "equalised" / "comparison.png").exists()
 
 
-def test_steps_may_use_rollouts_again(tmp_path, capsys, model_folder, other_backend):
+def test_a_backend_that_climbs_down_is_told_from_one_that_is_right(
+    tmp_path, comparison_of, model_folder, other_backend, install_backend
+):
+    install_backend("negating", NEGATING_BACKEND)
+    arguments = ("--backends", "hf,other,negating", "-m", str(model_folder), "--steps", "1")
+    found = comparison_of(tmp_path / "out", *arguments)["backends"]
+    right, wrong = found["other"], found["negating"]
+    for run in (right, wrong):  # none of these tells the two apart
+        assert run["start_differs_by_nats"] == run["first_loss_differs_by"] == 0
+        assert run["same_first_completions"] == 8
+        assert run["first_grad_norm"] == found["hf"]["first_grad_norm"] > 0
+    assert (right["gradient_differs_by"], right["first_update_differs_by"]) == (0, 0)
+    assert wrong["gradient_differs_by"] == pytest.approx(2)
+    assert wrong["first_update_differs_by"] == pytest.approx(2, abs=0.01)
+
+
+def test_steps_may_use_rollouts_again(tmp_path, comparison_of, model_folder, other_backend):
     arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "3", "--num-iterations", "2")
-    for run in comparison_of(capsys, tmp_path / "again", *arguments)["backends"].values():
+    for run in comparison_of(tmp_path / "again", *arguments)["backends"].values():
         assert [reward is None for reward in run["rewards"]] == [False, True, False]
         assert [tokens > 0 for tokens in run["tokens"]] == [True, False, True]
         assert [seconds > 0 for seconds in run["rollout_seconds"]] == [True, False, True]
         assert len(run["step_seconds"]) == 3
 
 
-def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, capsys, model_folder, other_backend):
+def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, comparison_of, model_folder, other_backend):
     arguments = ("--backends", "other,hf", "-m", str(model_folder), "--steps", "1", "--as-is")
-    found = comparison_of(capsys, tmp_path / "as_is", *arguments)
+    found = comparison_of(tmp_path / "as_is", *arguments)
     assert found["as_is"] is True
     assert [run["lora"]["alpha"] for run in found["backends"].values()] == [32, 16]
 
 
 @pytest.mark.unsloth
 @pytest.mark.skipif(not has_unsloth, reason="the unsloth package is not installed in this environment")
-def test_hf_and_unsloth_are_the_same_training(tmp_path, capsys, model_folder):
+def test_hf_and_unsloth_are_the_same_training(tmp_path, comparison_of, model_folder):
     arguments = ("--backends", "hf,unsloth", "-m", str(model_folder), "--steps", "2")
-    found = comparison_of(capsys, tmp_path / "out", *arguments)["backends"]
+    found = comparison_of(tmp_path / "out", *arguments)["backends"]
     assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
     assert found["unsloth"]["start_differs_by_nats"] < 1e-4
     assert found["unsloth"]["first_loss_differs_by"] < 1e-4
+    assert found["unsloth"]["gradient_differs_by"] < 1e-3
+    assert found["unsloth"]["first_update_differs_by"] < 0.05  # Adam's first step has the size of the learning rate
+    assert found["hf"]["first_grad_norm"] > 0
     assert found["unsloth"]["same_first_completions"] == 8

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from math import dist, hypot, isfinite
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -20,6 +21,7 @@ from rlvr.errors import BackendError, ConfigError
 
 RESULT = "result.json"  # what a child writes into the folder of its task
 _LAST_LINES = 6
+_NOT_SHOWN = ("first_update", "probe_gradient")  # thousands of numbers, of which the differences are shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,10 @@ class BackendRun:
     first_loss: float | None  # None: not finite
     first_grad_norm: float | None  # None: not finite, as it may be in float16 until its loss is scaled right
     first_completions: list[str]
+    first_update: dict[str, list[float]]  # trained tensor → how much a few of its elements changed at the first step
     probe_ids: list[list[int]]  # the first training prompts, and
     probe_logprobs: list[list[float]]  # the starting policy's log-probabilities of their tokens, in nats
+    probe_gradient: dict[str, list[float]]  # trained tensor → a few elements of the gradient of their loss
 
     def steady(self, seconds: Sequence[float]) -> float:
         """Time of a step once caches are full and kernels compiled."""
@@ -77,8 +81,23 @@ class BackendRun:
         pairs = zip(self.probe_logprobs, other.probe_logprobs, strict=True)
         return max(abs(x - y) for mine, theirs in pairs for x, y in zip(mine, theirs, strict=True))
 
+    def gradient_difference(self, other: BackendRun) -> float | None:
+        """Between the gradients of the probes, as a share of the other's norm: 0 for the same, 2 for the opposite;
+        None if they read other tokens or train other tensors, or if a gradient is not finite."""
+        if self.probe_ids != other.probe_ids:
+            return None
+        return _relative_difference(self.probe_gradient, other.probe_gradient)
+
+    def update_difference(self, other: BackendRun) -> float | None:
+        """Between the first updates, as a share of the other's norm; None if the completions of the first step are not
+        the same, or if the other's changed nothing: with equal rewards there is nothing to learn."""
+        if self.first_completions != other.first_completions:
+            return None
+        return _relative_difference(self.first_update, other.first_update)
+
     def loss_difference(self, other: BackendRun) -> float | None:
-        """How far the losses of the first step are apart; None if one is not finite."""
+        """How far the losses of the first step are apart; None if one is not finite. On fresh rollouts a loss follows
+        from rewards and lengths, whatever the gradients are."""
         if self.first_loss is None or other.first_loss is None:
             return None
         return abs(self.first_loss - other.first_loss)
@@ -115,11 +134,19 @@ class Comparison:
             ("peak memory, MiB", cells(lambda run: f"{run.peak_bytes / 2**20:,.0f}" if run.peak_bytes else "?")),
             ("loss at step 1", cells(lambda run: _number_text(run.first_loss))),
             ("gradient norm at step 1", cells(lambda run: _number_text(run.first_grad_norm))),
-            ("start differs by, nats a token", cells(lambda run: _difference_text(run.probe_difference(first)))),
+            (
+                "start differs by, nats a token",
+                cells(lambda run: _difference_text(run.probe_difference(first), "other tokens")),
+            ),
+            (
+                "gradient differs by, of its norm",
+                cells(lambda run: _difference_text(run.gradient_difference(first), "not comparable")),
+            ),
             (
                 "same completions at step 1",
                 cells(lambda run: f"{run.same_first_completions(first)} of {len(run.first_completions)}"),
             ),
+            ("update at step 1 differs by, of its norm", cells(lambda run: _update_text(run, first))),
             ("lora alpha / r", cells(lambda run: f"{run.lora['alpha']} / {run.lora['r']}" if run.lora else "no LoRA")),
             ("changed arguments", cells(lambda run: _changes_text(run.changed_arguments))),
         ]
@@ -131,10 +158,12 @@ class Comparison:
             "as_is": self.as_is,
             "backends": {
                 run.backend: {
-                    **asdict(run),
+                    **{name: value for name, value in asdict(run).items() if name not in _NOT_SHOWN},
                     "update_seconds": run.update_seconds,
                     "tokens_per_second": run.tokens_per_second,
                     "start_differs_by_nats": run.probe_difference(self.runs[0]),
+                    "gradient_differs_by": run.gradient_difference(self.runs[0]),
+                    "first_update_differs_by": run.update_difference(self.runs[0]),
                     "first_loss_differs_by": run.loss_difference(self.runs[0]),
                     "same_first_completions": run.same_first_completions(self.runs[0]),
                 }
@@ -254,6 +283,16 @@ def _run(settings: Mapping[str, Any], folder: Path) -> BackendRun:
         return BackendRun(**json.loads(result.read_text(encoding="utf-8")))
 
 
+def _relative_difference(found: Mapping[str, list[float]], wanted: Mapping[str, list[float]]) -> float | None:
+    """The norm of the difference over that of what is wanted, all tensors together; None where that says nothing."""
+    if found.keys() != wanted.keys() or any(len(found[name]) != len(wanted[name]) for name in wanted):
+        return None
+    mine, other = ([x for name in wanted for x in tensors[name]] for tensors in (found, wanted))
+    size = hypot(*other)
+    difference = dist(mine, other)
+    return difference / size if size and isfinite(size + difference) else None
+
+
 def _last_lines(output: bytes) -> str:
     return "\n".join(output.decode("utf-8", errors="replace").strip().splitlines()[-_LAST_LINES:])
 
@@ -267,8 +306,15 @@ def _number_text(number: float | None) -> str:
     return "not finite" if number is None else f"{number:.6f}"
 
 
-def _difference_text(difference: float | None) -> str:
-    return "other tokens" if difference is None else f"{difference:.2g}"
+def _difference_text(difference: float | None, otherwise: str) -> str:
+    return otherwise if difference is None else f"{difference:.2g}"
+
+
+def _update_text(run: BackendRun, first: BackendRun) -> str:
+    if run.first_completions != first.first_completions:
+        return "other completions"
+    moved = any(map(any, first.first_update.values()))
+    return _difference_text(run.update_difference(first), "not comparable" if moved else "no update")
 
 
 def _changes_text(changes: Mapping[str, Any]) -> str:

@@ -11,17 +11,11 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rlvr.child_process import keep_error, read_task
 from rlvr.comparison import RESULT, BackendRun
 from rlvr.errors import RlvrError
-
-if TYPE_CHECKING:
-    from rlvr.backends.protocol import LoadedPolicy, ModelBackend
-    from rlvr.environments.base import Environment
-
-PROBES = 8  # training prompts whose tokens show whether two starting policies agree
 
 
 def run(settings_given: Mapping[str, Any]) -> BackendRun:
@@ -30,19 +24,20 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
     backend = load_backend(settings_given["backend"])
 
     from rlvr.backends import load_policy
+    from rlvr.comparison import probes
     from rlvr.trainers.run import resolve_settings, train_with
 
     settings = resolve_settings(settings_given)
     assert settings.env is not None
     environment = load_environment(settings.env, **settings.env_options)
     policy = load_policy(backend=backend, lora=settings.lora_settings(), **asdict(settings.model_settings()))
-    ids = _probe_ids(environment, policy, settings.max_prompt_length)
-    logprobs = _probe_logprobs(backend, policy, ids)
-    backend.for_training(policy)
-    clock = _step_clock()
-    finished = train_with(settings, environment=environment, backend=backend, policy=policy, callbacks=[clock])
+    prompts = probes.prompt_ids(environment, policy, settings.max_prompt_length)
+    logprobs = probes.logprobs(backend, policy, prompts)
+    gradient = probes.gradient(backend, policy, prompts)
+    first, clock = probes.first_update(policy), _step_clock()
+    finished = train_with(settings, environment=environment, backend=backend, policy=policy, callbacks=[first, clock])
     rows = [row for row in finished.metrics() if "loss" in row]  # of a step; without a reward if it rolled nothing out
-    first = [row for row in finished.trajectories() if row["phase"] == "train" and row["step"] == 0]
+    rolled_out = [row for row in finished.trajectories() if row["phase"] == "train" and row["step"] == 0]
     facts = json.loads((finished.folder / "policy.json").read_text(encoding="utf-8"))
     return BackendRun(
         backend=settings_given["backend"],
@@ -57,9 +52,11 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
         peak_bytes=_peak_bytes(policy.model.device),
         first_loss=rows[0]["loss"],
         first_grad_norm=rows[0]["grad_norm"],
-        first_completions=[_text(row["completion"]) for row in first],
-        probe_ids=ids,
+        first_completions=[_text(row["completion"]) for row in rolled_out],
+        first_update=first.update,
+        probe_ids=prompts,
         probe_logprobs=logprobs,
+        probe_gradient=gradient,
     )
 
 
@@ -71,29 +68,6 @@ def _step_tokens(rows: list[dict[str, Any]]) -> list[int]:
         tokens.append(total - before)
         before = total
     return tokens
-
-
-def _probe_ids(environment: Environment, policy: LoadedPolicy, max_length: int) -> list[list[int]]:
-    from rlvr.rollout.chat import ChatRenderer
-
-    renderer = ChatRenderer(policy.tokenizer, tools=environment.tools)
-    dataset = environment.train_dataset
-    examples = [dataset[index] for index in range(min(PROBES, len(dataset)))]
-    return [renderer.prompt_ids(environment.messages(example))[:max_length] for example in examples]
-
-
-def _probe_logprobs(backend: ModelBackend, policy: LoadedPolicy, probe_ids: list[list[int]]) -> list[list[float]]:
-    """Log-probabilities of the tokens after the first, in nats, a row at a time: nothing is padded."""
-    import torch
-
-    backend.for_inference(policy)
-    rows = []
-    with torch.no_grad():
-        for row in probe_ids:
-            ids = torch.tensor([row], device=policy.model.device)
-            logprobs = policy.model(ids).logits[0, :-1].float().log_softmax(-1)
-            rows.append(logprobs.gather(-1, ids[0, 1:, None]).squeeze(-1).tolist())
-    return rows
 
 
 def _step_clock() -> Any:
