@@ -39,6 +39,8 @@ FIRST = BackendRun(
     backend="one",
     folder="out/one",
     lora={"alpha": 16, "r": 8},
+    rollout_engine="grouped",
+    gradient_checkpointing=True,
     changed_arguments={"bf16": True},
     rewards=[0.25, 0.5, 0.75],
     step_seconds=[10.0, 4.0, 2.0],
@@ -138,6 +140,16 @@ def test_a_first_step_without_an_update_is_not_called_agreement():
     assert still.update_difference(still) is None
     rows = dict(Comparison(env="e", model="m", as_is=True, runs=(still, still)).rows())
     assert rows["update at step 1 differs by, of its norm"] == ["no update", "no update"]
+
+
+def test_the_table_says_how_backends_sample_and_checkpoint_where_they_differ():
+    def rows(other):
+        return dict(Comparison(env="e", model="m", as_is=True, runs=(FIRST, other)).rows())
+
+    assert not {"rollout engine", "gradient checkpointing"} & {*rows(FIRST)}
+    found = rows(dataclasses.replace(FIRST, rollout_engine="generate", gradient_checkpointing=False))
+    assert found["rollout engine"] == ["grouped", "generate"]
+    assert found["gradient checkpointing"] == ["on", "off"]
 
 
 def test_policies_that_read_other_tokens_are_not_compared():
@@ -404,6 +416,7 @@ def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
         assert len(run["tokens"]) == 2
         assert all(tokens > 0 for tokens in run["tokens"])
         assert run["peak_bytes"] > 2**20
+        assert run["gradient_checkpointing"] is True
     assert (tmp_path / "equalised" / "hf" / "metrics.jsonl").exists()
     assert (tmp_path / "equalised" / "comparison.png").exists()
 
@@ -433,11 +446,13 @@ def test_steps_may_use_rollouts_again(tmp_path, comparison_of, model_folder, oth
         assert len(run["step_seconds"]) == 3
 
 
-def test_as_is_leaves_each_backend_its_own_alpha(tmp_path, comparison_of, model_folder, other_backend):
+def test_as_is_leaves_each_backend_its_own_defaults(tmp_path, comparison_of, model_folder, other_backend):
     arguments = ("--backends", "other,hf", "-m", str(model_folder), "--steps", "1", "--as-is")
     found = comparison_of(tmp_path / "as_is", *arguments)
     assert found["as_is"] is True
     assert [run["lora"]["alpha"] for run in found["backends"].values()] == [32, 16]
+    for run in found["backends"].values():  # as a run of its own: the activations of a tiny model fit memory
+        assert (run["gradient_checkpointing"], run["rollout_engine"]) == (False, "grouped")
 
 
 @pytest.mark.unsloth
@@ -446,6 +461,7 @@ def test_hf_and_unsloth_are_the_same_training(tmp_path, comparison_of, model_fol
     arguments = ("--backends", "hf,unsloth", "-m", str(model_folder), "--steps", "2")
     found = comparison_of(tmp_path / "out", *arguments)["backends"]
     assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
+    assert [run["gradient_checkpointing"] for run in found.values()] == [True, True]
     assert found["unsloth"]["start_differs_by_nats"] < 1e-4
     assert found["unsloth"]["first_loss_differs_by"] < 1e-4
     assert found["unsloth"]["gradient_differs_by"] < 1e-3

@@ -12,6 +12,7 @@ from rlvr.testing.tiny import tiny_model
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.trainers import activations
 from rlvr.trainers.activations import activation_bytes
+from rlvr.trainers.run import resolve_settings, train_with
 
 pytestmark = pytest.mark.both
 
@@ -102,6 +103,23 @@ def test_what_was_asked_for_stands_and_so_does_a_policy_that_was_loaded_before(m
     assert checkpoints(str(model_folder), tmp_path / "asked", gradient_checkpointing=True) == (True, False)
     policy = rlvr.load_policy(str(model_folder), lora=LoraSettings(r=4))
     assert checkpoints(policy, tmp_path / "given") == (True, False)
+
+
+@pytest.mark.parametrize("loaded_by_settings", [True, False])
+def test_a_policy_that_was_loaded_by_the_settings_of_the_run_checkpoints_as_one_that_the_run_loads(
+    model_folder, tmp_path, monkeypatch, loaded_by_settings
+):
+    monkeypatch.setattr(activations, "free_memory", lambda device: 2**40)
+    names = {"env": "arithmetic", "model": str(model_folder), "output_dir": str(tmp_path / "run")}
+    settings, callback = resolve_settings(RUN, names), Checkpointing()
+    train_with(
+        settings,
+        environment=environment(),
+        policy=rlvr.load_policy(str(model_folder), lora=LoraSettings(r=4)),
+        loaded_by_settings=loaded_by_settings,
+        callbacks=[callback],
+    )
+    assert callback.seen == (not loaded_by_settings, not loaded_by_settings)
 
 
 def test_a_model_that_cannot_be_measured_checkpoints_and_says_so(model_folder, tmp_path, monkeypatch, caplog):

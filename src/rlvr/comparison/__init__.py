@@ -34,6 +34,8 @@ class BackendRun:
     backend: str
     folder: str
     lora: dict[str, Any] | None  # as applied
+    rollout_engine: str
+    gradient_checkpointing: bool
     changed_arguments: dict[str, Any]
     rewards: list[float | None]  # None where a step uses the rollouts of an earlier one
     step_seconds: list[float]
@@ -124,6 +126,10 @@ class Comparison:
         def cells(text: Callable[[BackendRun], str]) -> list[str]:
             return [text(run) for run in self.runs]
 
+        ways = [
+            ("rollout engine", cells(lambda run: run.rollout_engine)),
+            ("gradient checkpointing", cells(lambda run: "on" if run.gradient_checkpointing else "off")),
+        ]
         return [
             ("reward, first → last step", cells(_rewards_text)),
             ("step, s", cells(lambda run: f"{run.steady(run.step_seconds):.3f}")),
@@ -148,6 +154,7 @@ class Comparison:
             ),
             ("update at step 1 differs by, of its norm", cells(lambda run: _update_text(run, first))),
             ("lora alpha / r", cells(lambda run: f"{run.lora['alpha']} / {run.lora['r']}" if run.lora else "no LoRA")),
+            *((name, texts) for name, texts in ways if len(set(texts)) > 1),
             ("changed arguments", cells(lambda run: _changes_text(run.changed_arguments))),
         ]
 

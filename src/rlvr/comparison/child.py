@@ -34,8 +34,15 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
     prompts = probes.prompt_ids(environment, policy, settings.max_prompt_length)
     logprobs = probes.logprobs(backend, policy, prompts)
     gradient = probes.gradient(backend, policy, prompts)
-    first, clock = probes.first_update(policy), _step_clock()
-    finished = train_with(settings, environment=environment, backend=backend, policy=policy, callbacks=[first, clock])
+    first_step, clock = probes.first_step(policy), _step_clock()
+    finished = train_with(
+        settings,
+        environment=environment,
+        backend=backend,
+        policy=policy,
+        loaded_by_settings=True,
+        callbacks=[first_step, clock],
+    )
     rows = [row for row in finished.metrics() if "loss" in row]  # of a step; without a reward if it rolled nothing out
     rolled_out = [row for row in finished.trajectories() if row["phase"] == "train" and row["step"] == 0]
     facts = json.loads((finished.folder / "policy.json").read_text(encoding="utf-8"))
@@ -43,6 +50,8 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
         backend=settings_given["backend"],
         folder=str(finished.folder),
         lora=facts["lora"],
+        rollout_engine=finished.summary["rollout_engine"],
+        gradient_checkpointing=first_step.checkpoints,
         changed_arguments={change["name"]: change["value"] for change in facts["training_arguments_changed"]},
         rewards=[row.get("reward") for row in rows],
         step_seconds=clock.seconds,
@@ -53,7 +62,7 @@ def run(settings_given: Mapping[str, Any]) -> BackendRun:
         first_loss=rows[0]["loss"],
         first_grad_norm=rows[0]["grad_norm"],
         first_completions=[_text(row["completion"]) for row in rolled_out],
-        first_update=first.update,
+        first_update=first_step.update,
         probe_ids=prompts,
         probe_logprobs=logprobs,
         probe_gradient=gradient,

@@ -60,26 +60,28 @@ def gradient(backend: ModelBackend, policy: LoadedPolicy, prompts: list[list[int
     return found
 
 
-def first_update(policy: LoadedPolicy) -> Any:
-    """A trainer callback that keeps, in `update`, by how much the first optimizer step changed the trained tensors."""
+def first_step(policy: LoadedPolicy) -> Any:
+    """A trainer callback that keeps by how much the first optimizer step changed the trained tensors, in `update`, and
+    whether the model checkpointed gradients in it, in `checkpoints`."""
     from transformers import TrainerCallback
 
     def values() -> dict[str, list[float]]:
         return {name: _elements(weight) for name, weight in _trained(policy.model).items()}
 
-    class FirstUpdate(TrainerCallback):
+    class FirstStep(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
                 self._before = values()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 1:
+                self.checkpoints = any(getattr(m, "gradient_checkpointing", False) for m in policy.model.modules())
                 self.update = {
                     name: [new - old for new, old in zip(after, self._before[name], strict=True)]
                     for name, after in values().items()
                 }
 
-    return FirstUpdate()
+    return FirstStep()
 
 
 def _trained(model: Any) -> dict[str, torch.Tensor]:

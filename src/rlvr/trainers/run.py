@@ -169,9 +169,15 @@ def train_with(
     environment: Environment | None = None,
     backend: ModelBackend | None = None,
     policy: LoadedPolicy | None = None,
+    loaded_by_settings: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> Run:
-    """Trains as resolved settings say; see `resolve_settings`. What is given as an object is not loaded."""
+    """Trains as resolved settings say; see `resolve_settings`. What is given as an object is not loaded.
+
+    Args:
+        loaded_by_settings: whether `policy` was loaded as the settings say, so that what they leave open is decided
+            here. A user's own policy checkpoints as it was loaded to, whatever memory there is.
+    """
     from rlvr.plugins.manager import load_backend, load_environment
     from rlvr.tracking.reporting import reporting
 
@@ -189,7 +195,7 @@ def train_with(
         environment = environment or load_environment(settings.env, **settings.env_options)
         check_tools(environment.tools)
         parser = asked_parser(settings.tool_call_parser, has_tools=bool(environment.tools))
-        chooses_checkpointing = policy is None and settings.gradient_checkpointing is None
+        chooses_checkpointing = settings.gradient_checkpointing is None and (policy is None or loaded_by_settings)
         policy = policy or _load_policy(settings, backend)
         settings = settings.planned(shares=_shares_prompts(policy))
         if checkpoint is not None:
