@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import rlvr
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.hf.merge import merged_state_dict, with_weights
-from rlvr.errors import ConfigError, ExportError, RunFolderError
+from rlvr.errors import ConfigError, ExportError, RunFolderError, UnsupportedSettingError
 from rlvr.tracking.run_folder import RunFolder
 
 BACKENDS = [pytest.param("hf", marks=pytest.mark.both), pytest.param("unsloth", marks=pytest.mark.unsloth)]
@@ -249,6 +249,19 @@ def test_quantization_that_a_merged_export_cannot_follow_leaves_the_adapter(trai
     with pytest.raises(ExportError, match=r"trained on weights in 4bit.* --format adapter keeps .*--load-in-4bit"):
         rlvr.export(run, "merged-16bit", backend=backend)
     assert rlvr.export(run, backend=backend).parity.kept == pytest.approx(1)
+
+
+class DoesNotClaimIt(RoundsTheBase):
+    def capabilities(self):
+        return HFBackend().capabilities()
+
+
+@pytest.mark.both
+def test_an_export_by_a_backend_that_does_not_claim_the_quantization_of_the_run_is_refused(trained_in_4_bits):
+    run = trained_in_4_bits(RoundsTheBase())
+    with pytest.raises(UnsupportedSettingError, match="cannot honour quantization='4bit'"):
+        rlvr.export(run, backend=DoesNotClaimIt())
+    assert not (run.folder / "exports").exists()
 
 
 class RoundsTheBaseALittle(RoundsTheBase):

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from short_runs import SMALL, environment
 
 import rlvr
+from rlvr.backends.protocol import Capabilities
 from rlvr.config import TrainSettings
 from rlvr.errors import RunFolderError
 from rlvr.testing.tiny import save_tiny
@@ -264,6 +265,9 @@ def test_a_base_that_moved_on_the_hub_while_the_adapter_was_loaded_is_told(run, 
     monkeypatch.setattr("rlvr.tracking.lineage.cached_commit", lambda model, revision: here["commit"])
 
     class Backend:
+        def capabilities(self):
+            return Capabilities()
+
         def load_saved(self, folder, settings):
             here["commit"] = "b" * 40
             return "policy"

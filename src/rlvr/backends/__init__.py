@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings, ModelBackend, ModelSettings, check_settings
@@ -51,6 +52,17 @@ def load_policy(
     for note in policy.notes:
         logger.info(note)
     return policy
+
+
+def load_saved(backend: ModelBackend, folder: Path, settings: ModelSettings) -> LoadedPolicy:
+    """What a run saved, to sample from: an adapter on top of `settings.model`, or a whole model.
+
+    Raises:
+        UnsupportedSettingError: this backend cannot honour the settings.
+        ModelError: the files cannot be used.
+    """
+    check_settings(backend_name(backend), backend.capabilities(), settings, None)
+    return backend.load_saved(folder, settings)
 
 
 def backend_name(backend: ModelBackend, asked_for: str | ModelBackend | None = None) -> str:

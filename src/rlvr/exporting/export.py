@@ -161,9 +161,10 @@ def _way_out(source: Source, export_format: ExportFormat) -> str:
 
 
 def _trained(source: Source, backend: ModelBackend) -> LoadedPolicy:
+    from rlvr.backends import load_saved
     from rlvr.tracking.adapter_hash import adapter_hash
 
-    policy = backend.load_saved(source.folder, source.settings)
+    policy = load_saved(backend, source.folder, source.settings)
     found = adapter_hash(policy.model)
     if source.adapter is not None and found != source.adapter:
         raise ExportError(

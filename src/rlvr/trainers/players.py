@@ -219,12 +219,15 @@ def load_for_inference(settings: TrainSettings, backend: ModelBackend, adapter: 
 
     Args:
         adapter: a folder that `adapter_folder` found.
+
+    Raises:
+        UnsupportedSettingError: the backend cannot honour the settings, with an adapter or without.
     """
-    from rlvr.backends import load_policy
+    from rlvr.backends import load_policy, load_saved
 
     model_settings = settings.model_settings()
     if adapter is not None:
-        policy = backend.load_saved(adapter, model_settings)
+        policy = load_saved(backend, adapter, model_settings)
         _say_other_base(adapter, model_settings)  # now that it is known which commit a branch of the Hub is
         return policy
     return load_policy(backend=backend, lora=None, **asdict(model_settings))
