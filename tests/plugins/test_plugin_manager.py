@@ -6,6 +6,7 @@ from dataclasses import asdict
 import pytest
 
 import rlvr
+from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import PROTOCOL_VERSION
 from rlvr.environments.base import Environment
 from rlvr.errors import (
@@ -195,6 +196,27 @@ def test_a_wrong_protocol_version_names_both(install):
     install("oldone", GOOD_BACKEND.replace(f"protocol_version = {PROTOCOL_VERSION}", "protocol_version = 0"))
     with pytest.raises(PluginLoadError, match=rf"version 0 of .* this rlvr takes versions \d+ to {PROTOCOL_VERSION}"):
         load_backend("oldone")
+
+
+def test_a_backend_of_another_version_is_told_so_and_not_of_methods_that_this_version_has():
+    class Later:
+        protocol_version = 99
+
+    with pytest.raises(PluginLoadError, match=rf"version 99 of .* takes versions \d+ to {PROTOCOL_VERSION}") as raised:
+        load_backend(Later())
+    assert "method" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [(True, "written for version True"), (1.0, "written for version 1.0"), (None, "without protocol_version; state")],
+)
+def test_what_is_no_version_is_refused(version, says):
+    class Unversioned(HFBackend):
+        protocol_version = version
+
+    with pytest.raises(PluginLoadError, match=says):
+        load_backend(Unversioned())
 
 
 def test_an_object_that_is_no_backend_is_refused_too():

@@ -312,16 +312,20 @@ def _backend_problem(backend: object) -> str | None:
 
     if inspect.isclass(backend):
         return f"is the class {backend.__name__}; return an instance of it."
-    methods = [name for name in vars(ModelBackend) if not name.startswith("_")]
-    missing = [name for name in methods if not callable(getattr(backend, name, None))]
-    if missing:
-        return f"is {_describe(backend)} without the method(s) {', '.join(missing)} of ModelBackend."
+    # The version comes first: another one may have other methods.
     version = getattr(backend, "protocol_version", None)
-    if not (isinstance(version, int) and OLDEST_PROTOCOL_VERSION <= version <= PROTOCOL_VERSION):
+    fits = type(version) is int and OLDEST_PROTOCOL_VERSION <= version <= PROTOCOL_VERSION  # True is no version
+    if version is not None and not fits:
         return (
             f"was written for version {version} of the backend protocol; this rlvr takes versions "
             f"{OLDEST_PROTOCOL_VERSION} to {PROTOCOL_VERSION}. Install releases of the two that fit."
         )
+    methods = [name for name in vars(ModelBackend) if not name.startswith("_")]
+    missing = [name for name in methods if not callable(getattr(backend, name, None))]
+    if missing:
+        return f"is {_describe(backend)} without the method(s) {', '.join(missing)} of ModelBackend."
+    if version is None:
+        return f"is {_describe(backend)} without protocol_version; state which it was written for: {PROTOCOL_VERSION}."
     return None
 
 
