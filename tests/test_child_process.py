@@ -4,8 +4,9 @@ import stat
 
 import pytest
 
-from rlvr.child_process import as_text, keep_error, kept_error, read_task, task_folder
+from rlvr.child_process import as_text, environment, keep_error, kept_error, read_task, task_folder
 from rlvr.errors import ConfigError, RunFolderError
+from rlvr.testing.conformance.runner import _Job
 
 
 def test_a_task_is_read_by_its_owner_only_and_gone_afterwards():
@@ -14,6 +15,15 @@ def test_a_task_is_read_by_its_owner_only_and_gone_afterwards():
         assert read_task(folder) == {"key": "hush"}
         assert kept_error(folder) is None
     assert not folder.exists()
+
+
+def test_a_precision_that_a_trainer_of_this_process_exported_stays_here(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("SOMETHING_ELSE", "goes along")
+    of_a_check = _Job("hf", model=None, device=None, scratch=tmp_path, timeout_s=1)._environment("policy", tmp_path)
+    for variables in (environment(), of_a_check):
+        assert "ACCELERATE_MIXED_PRECISION" not in variables
+        assert variables["SOMETHING_ELSE"] == "goes along"
 
 
 def test_what_cannot_be_sent_is_refused():

@@ -18,6 +18,9 @@ from typing import Any
 from rlvr import errors
 from rlvr.errors import ConfigError, RlvrError
 
+# Unsloth exports it when it makes a trainer; the child's backend would train in that precision, whatever is asked.
+_LEFT_BEHIND = ("ACCELERATE_MIXED_PRECISION",)
+
 
 def as_text(task: Mapping[str, Any]) -> str:
     """The task as JSON.
@@ -45,7 +48,8 @@ def read_task(folder: Path) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """The variables of this process, and what it can import, modules beside a script too."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    kept = {name: value for name, value in os.environ.items() if name not in _LEFT_BEHIND}
+    return {**kept, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
 
 
 def keep_error(folder: Path, error: RlvrError) -> None:

@@ -18,9 +18,6 @@ from rlvr.errors import ConfigError, RlvrError, TrainingProcessError
 from rlvr.tracking.run_folder import RunFolder
 from rlvr.trainers.run import Run, train_with
 
-# Unsloth exports it when it makes a trainer; the child's backend would train in that precision, whatever is asked.
-_LEFT_BEHIND = ("ACCELERATE_MIXED_PRECISION",)
-
 
 def train_isolated(settings: TrainSettings, **given: Any) -> Run:
     """Trains as resolved settings say, in a process of its own. The policy of the run is None: it is in the folder.
@@ -64,8 +61,7 @@ _FIX = {
 
 def _run_child(folder: Path) -> tuple[list[str], int]:
     """Runs it to its end, its output passed on; the last lines and the exit code (minus the signal if killed)."""
-    variables = {name: value for name, value in environment().items() if name not in _LEFT_BEHIND}
-    variables |= {"PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
+    variables = {**environment(), "PYTHONUNBUFFERED": "1", "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-m", "rlvr.trainers.isolated", str(folder)]
     lines: list[str] = []
     with subprocess.Popen(

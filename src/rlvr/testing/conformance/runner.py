@@ -28,6 +28,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlvr.child_process import environment
 from rlvr.errors import ConfigError
 from rlvr.testing.conformance.catalogue import PROCESSES, Check, select
 from rlvr.testing.conformance.context import CheckFailed, Context, first_line
@@ -246,18 +247,17 @@ class _Job:
             _end(process)
 
     def _environment(self, group: str, folder: Path) -> dict[str, str]:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # a backend that this process can import
+        variables = {
+            **environment(),
             "WANDB_MODE": "disabled",
             "TRL_EXPERIMENTAL_SILENCE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         if self.device == "cpu":
-            environment["CUDA_VISIBLE_DEVICES"] = ""  # some backends take a GPU wherever they see one
+            variables["CUDA_VISIBLE_DEVICES"] = ""  # some backends take a GPU wherever they see one
         if group == "alone":
-            environment |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
-        return environment
+            variables |= {"HF_HUB_CACHE": str(folder / "hub"), "HF_HUB_OFFLINE": "1"}
+        return variables
 
 
 @dataclass
