@@ -19,6 +19,7 @@ from rlvr.child_process import read_task
 from rlvr.cli import main
 from rlvr.cli.compare import print_comparison
 from rlvr.comparison import BackendRun, Comparison, compare
+from rlvr.comparison.child import peak_of_process
 from rlvr.comparison.plot import plot
 from rlvr.errors import BackendError, ConfigError, PluginLoadError, RunFolderError, UnknownPluginError
 
@@ -328,6 +329,28 @@ def test_secrets_are_not_on_the_command_line_of_a_process(tmp_path, monkeypatch,
         compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out", **secret)
     assert "hush" not in "".join(lines)
     assert {"api_key": "hush"} in [task.get("settings", {}).get("env_options") for task in tasks]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="this system has no /proc")
+def test_the_peak_memory_of_a_process_is_its_own_and_not_its_parents():
+    program = "from rlvr.comparison.child import peak_of_process; print(peak_of_process())"
+    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 2**20 < int(child.stdout) < peak_of_process() / 2  # this one has torch
+
+
+def test_a_process_gets_no_precision_that_a_trainer_of_this_one_exported(tmp_path, monkeypatch, other_backend):
+    given = []
+
+    def record(command, **options):
+        given.append(options["env"])
+        return subprocess.CompletedProcess(command, returncode=0, stdout="")
+
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setattr("rlvr.comparison.subprocess.run", record)
+    with pytest.raises(BackendError):
+        compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out")
+    assert len(given) == 4  # to load it and to train, each backend
+    assert not any("ACCELERATE_MIXED_PRECISION" in variables for variables in given)
 
 
 @pytest.fixture

@@ -102,8 +102,16 @@ def _step_clock() -> Any:
 def _peak_bytes(device: Any) -> int | None:
     import torch
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_of_process()
+
+
+def peak_of_process() -> int | None:
+    """The most memory that this process has had, in bytes; None where the system does not say."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage counts what the parent had when it started this process
+        fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
+        if "VmHWM" in fields:
+            return int(fields["VmHWM"].split()[0]) * 1024
     try:
         import resource
     except ImportError:  # Windows

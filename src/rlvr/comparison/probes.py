@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from rlvr.environments.base import Environment
 
 PROMPTS = 8
+LAST_TOKENS = 128  # of a prompt, in the backward pass, which is not to decide the peak of memory
 ELEMENTS = 64  # of each trained tensor, about
 
 
@@ -42,7 +43,7 @@ def logprobs(backend: ModelBackend, policy: LoadedPolicy, prompts: list[list[int
 
 
 def gradient(backend: ModelBackend, policy: LoadedPolicy, prompts: list[list[int]]) -> dict[str, list[float]]:
-    """Of the model's own loss on the prompts. Leaves the policy in training mode, without gradients."""
+    """Of the model's own loss on the ends of the prompts. Leaves the policy in training mode, without gradients."""
     import torch
 
     backend.for_training(policy)
@@ -50,7 +51,7 @@ def gradient(backend: ModelBackend, policy: LoadedPolicy, prompts: list[list[int
     with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(0)
         for row in prompts:
-            ids = torch.tensor([row], device=model.device)
+            ids = torch.tensor([row[-LAST_TOKENS:]], device=model.device)
             model(input_ids=ids, labels=ids).loss.backward()
     found = {
         name: _elements(weight.grad if weight.grad is not None else torch.zeros_like(weight))
