@@ -195,13 +195,15 @@ def test_the_plot_draws_every_reward_and_stacks_the_parts_of_a_step(monkeypatch,
 
     monkeypatch.setattr("matplotlib.figure.Figure", KeptFigure)
     plot(Comparison(env="arithmetic", model="models/tiny", as_is=False, runs=(FIRST, OTHER)), tmp_path / "c.png")
-    reward, times = figures[0].axes
+    reward, times, speed, memory = figures[0].axes
     drawn = [(line.get_label(), [*line.get_xdata()], [*line.get_ydata()]) for line in reward.lines]
     assert drawn == [("one", [1, 2, 3], [0.25, 0.5, 0.75]), ("other", [1, 2, 3], [0.25, 0.5, 0.75])]
     bars = {part.get_label(): [(bar.get_x(), bar.get_width()) for bar in part] for part in times.containers}
     assert bars == {"rollout": [(0, 1.5)] * 2, "scoring": [(1.5, 0.375)] * 2, "update": [(1.875, 1.125)] * 2}
+    assert [bar.get_width() for bar in speed.patches] == [112.5, 112.5]
+    assert [bar.get_width() for bar in memory.patches] == [3, 3]
     pixels = imread(tmp_path / "c.png")
-    assert pixels.shape == (600, 1500, 4)
+    assert pixels.shape == (975, 1500, 4)
     for part in times.containers:
         assert (abs(pixels - part[0].get_facecolor()) < 0.01).all(axis=-1).sum() > 1000, part.get_label()
 
@@ -212,7 +214,8 @@ def test_the_plot_says_what_it_shows(tmp_path):
     picture = ElementTree.parse(tmp_path / "c.svg")
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert {"arithmetic, tiny", "mean reward", "seconds a step (median)", "rollout", "scoring", "update"} <= {*texts}
-    assert texts.count("one") == texts.count("other") == 2  # a line and bars
+    assert {"tokens a second", "peak memory, MiB"} <= {*texts}
+    assert texts.count("one") == texts.count("other") == 4  # a line and bars
     assert texts[: texts.index("step")] == ["1", "2", "3"]
 
 

@@ -16,13 +16,13 @@ def can_plot() -> bool:
 
 
 def plot(comparison: Comparison, path: Path) -> None:
-    """Reward over steps, and what a step's time goes into."""
+    """Reward over steps, what a step's time goes into, tokens a second and peak memory."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 6.5), layout="constrained")
     FigureCanvasAgg(figure)  # no display is needed
-    reward, times = figure.subplots(1, 2)
+    (reward, times), (speed, memory) = figure.subplots(2, 2, height_ratios=(3, 2))
     for run, style in zip(comparison.runs, itertools.cycle(("-", "--", ":", "-."))):  # equal runs lie on each other
         reward.plot(*zip(*run.batch_rewards, strict=True), style, marker=".", label=run.backend)
     reward.set(xlabel="step", ylabel="mean reward", title=f"{comparison.env}, {Path(comparison.model).name}")
@@ -35,6 +35,11 @@ def plot(comparison: Comparison, path: Path) -> None:
         times.barh(names, widths, left=left, label=part)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     times.set(xlabel="seconds a step (median)")
-    times.invert_yaxis()
     times.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    speed.barh(names, [run.tokens_per_second for run in comparison.runs], color="tab:gray")
+    speed.set(xlabel="tokens a second")
+    memory.barh(names, [(run.peak_bytes or 0) / 2**20 for run in comparison.runs], color="tab:gray")
+    memory.set(xlabel="peak memory, MiB")
+    for bars in (times, speed, memory):
+        bars.invert_yaxis()  # in the order of the table
     figure.savefig(path, dpi=150)
