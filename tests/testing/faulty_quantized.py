@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from typing import ClassVar
 
 from right_backends import RoundsToFewBits
 
@@ -67,6 +69,44 @@ class TrainsTheBaseOn4Bits(RoundsToFewBits):
             policy.model.get_input_embeddings().requires_grad_(True)
 
 
+class DropsAlphaOnFewBits(RoundsToFewBits):
+    def apply_lora(self, policy, lora):
+        dropped = replace(lora, alpha=lora.r) if policy.settings.quantization != "none" else lora
+        return replace(super().apply_lora(policy, dropped), lora=lora.applied())
+
+
+class SamplesFromStaleWeightsOnFewBits(RoundsToFewBits):
+    """Samples from a copy that never gets new weights."""
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        if policy.settings.quantization != "none":
+            policy.model.generate = copy.deepcopy(policy.model).eval().generate
+        return policy
+
+
+class ScalesGradientsOnFewBits(RoundsToFewBits):
+    """Those of the adapter."""
+
+    factor: ClassVar[float]
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        if policy.settings.quantization != "none":
+            for parameter in policy.model.parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(lambda gradient: self.factor * gradient)
+        return policy
+
+
+class NegatesGradientsOnFewBits(ScalesGradientsOnFewBits):
+    factor = -1.0
+
+
+class HalvesGradientsOnFewBits(ScalesGradientsOnFewBits):
+    factor = 0.5
+
+
 class SavesNoAdapterOf4Bits(RoundsToFewBits):
     def save(self, policy, folder, export_format="adapter"):
         if policy.settings.quantization == "4bit" and export_format == "adapter":
@@ -95,6 +135,10 @@ QUANTIZED_FAULTS = {
     NotANumberIn4Bits: "setting-quantization",
     FreezesOn4Bits: "trains-adapter-only",
     TrainsTheBaseOn4Bits: "trains-adapter-only",
+    DropsAlphaOnFewBits: "lora-alpha",
+    SamplesFromStaleWeightsOnFewBits: "sampler-is-policy",
+    NegatesGradientsOnFewBits: "gradients",
+    HalvesGradientsOnFewBits: "gradients",
     SavesNoAdapterOf4Bits: "export-adapter",
     LoadsAdaptersOf4BitsOnTheWhole: "export-adapter",
     ExportsTheBaseOf4Bits: "export-merged-16bit",

@@ -15,8 +15,17 @@ from rlvr.testing.conformance.checks import settings
 from rlvr.testing.conformance.context import LIVELY, CheckFailed
 from rlvr.testing.tiny import save_tiny
 
-EXPORTS = ("export-adapter", "export-merged-16bit", "export-merged-4bit")
-QUANTIZED = ("setting-quantization", "memory-in-use", "trains-adapter-only", *EXPORTS)
+QUANTIZED = (
+    "setting-quantization",
+    "lora-alpha",
+    "gradients",
+    "memory-in-use",
+    "trains-adapter-only",
+    "sampler-is-policy",
+    "export-adapter",
+    "export-merged-16bit",
+    "export-merged-4bit",
+)
 RIGHT = {
     BFloat16Only: ("settings", "lora", "policy", "training", "saving"),
     PlainSGD: ("training",),
@@ -32,10 +41,13 @@ def test_a_right_backend_passes(backend):
     assert report.ok, str(report)
 
 
-def test_every_quantization_that_is_claimed_is_trained_and_saved():
+def test_every_quantization_that_is_claimed_is_sampled_trained_and_saved():
     messages = {result.name: result.message for result in check_backend(RoundsToFewBits(), only=QUANTIZED).results}
     for name in ("4bit", "8bit"):
         assert f"{name}: 28 adapter tensors changed" in messages["trains-adapter-only"]
+        assert f"{name} 4" in messages["lora-alpha"]
+        assert f"{name} 100%" in messages["gradients"]
+        assert f"{name}: grouped" in messages["sampler-is-policy"]
         assert f"on weights in {name} " in messages["export-adapter"]
         assert f"on weights in {name} " in messages["export-merged-16bit"]
 

@@ -22,11 +22,12 @@ from rlvr.testing.conformance.context import (
     logits,
     lora_layers,
     plain_name,
+    quantized,
     random_states,
     refusal,
 )
 
-SCALE_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3}
+SCALE_TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "float16": 5e-3, "quantized": 5e-2}
 """Relative, of what an adapter's output is multiplied by."""
 
 FRESH_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2, "float16": 1e-2}
@@ -68,25 +69,32 @@ def rank(context: Context) -> str:
 
 
 def alpha(context: Context) -> str:
-    scales = []
-    for asked, multiplier in ((4, 1), (32, 1), (8, 3), (8, None)):
-        policy = context.policy(LoraSettings(r=8, alpha=asked, alpha_multiplier=multiplier))
-        lora = policy.lora
-        expect(lora is not None, "LoadedPolicy.lora is None on a policy with an adapter")
-        assert lora is not None
-        if multiplier is not None:
-            _stated(policy, "alpha", asked * multiplier)
-        elif lora.alpha != asked:
-            said = any("alpha" in note for note in policy.notes)
-            expect(said, f"alpha={asked} became {lora.alpha} by default, and no note says so")
-        for name, scale in _scales(policy).items():
-            expect(
-                abs(scale * lora.r / lora.alpha - 1) < SCALE_TOLERANCE[dtype_name(policy)],
-                f"alpha={asked} (multiplier {multiplier}): the adapter at {name} is scaled by {scale:g}, "
-                f"and LoadedPolicy.lora says {lora.alpha} / {lora.r} = {lora.alpha / lora.r:g}",
-            )
-        scales.append(f"{scale:g}")
+    """With plain weights, and with each quantization that is claimed."""
+    scales = [_alpha(context, asked, multiplier) for asked, multiplier in ((4, 1), (32, 1), (8, 3), (8, None))]
+    for name in quantized(context.capabilities):
+        scales.append(f"{name} {_alpha(context, 32, 1, dtype='auto', quantization=name)}")
     return f"scales {', '.join(scales)}, as stated"
+
+
+def _alpha(context: Context, asked: int, multiplier: float | None, **settings: Any) -> str:
+    """The scale."""
+    policy = context.policy(LoraSettings(r=8, alpha=asked, alpha_multiplier=multiplier), **settings)
+    lora, quantization = policy.lora, policy.settings.quantization
+    way, rounding = ("", dtype_name(policy)) if quantization == "none" else (f"{quantization}: ", "quantized")
+    expect(lora is not None, "LoadedPolicy.lora is None on a policy with an adapter")
+    assert lora is not None
+    if multiplier is not None:
+        _stated(policy, "alpha", asked * multiplier)
+    elif lora.alpha != asked:
+        said = any("alpha" in note for note in policy.notes)
+        expect(said, f"alpha={asked} became {lora.alpha} by default, and no note says so")
+    for name, scale in _scales(policy).items():
+        expect(
+            abs(scale * lora.r / lora.alpha - 1) < SCALE_TOLERANCE[rounding],
+            f"{way}alpha={asked} (multiplier {multiplier}): the adapter at {name} is scaled by {scale:g}, "
+            f"and LoadedPolicy.lora says {lora.alpha} / {lora.r} = {lora.alpha / lora.r:g}",
+        )
+    return f"{scale:g}"
 
 
 def rslora(context: Context) -> str:
@@ -281,9 +289,11 @@ def _shaken(layer: Any) -> Any:
 
 
 def _as_input(policy: LoadedPolicy, layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """On the layer's device and in its dtype, where its weight is not quantized."""
+    """On the layer's device and in its dtype, or, where its weight is quantized, in that of the embeddings."""
     weight = layer.base_layer.weight
-    return x.to(policy.model.device, weight.dtype if weight.is_floating_point() else None)
+    if not weight.is_floating_point():
+        weight = policy.model.get_input_embeddings().weight
+    return x.to(policy.model.device, weight.dtype)
 
 
 @torch.no_grad()

@@ -28,6 +28,13 @@ LOGPROB_TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 GRADIENT_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1, "float16": 2e-2}
 """Norm of the difference over the norm of the reference's gradient, all factors together."""
 
+_SLOPE = 0.2
+"""In nats: by so much the loss is to differ between two points along the gradient. Far above rounding, and little
+enough to be nearly linear."""
+
+_SLOPE_SHARES = (0.6, 1.6)
+"""What share of it may be found. Noise of 8-bit arithmetic and curvature leave 0.9 to 1.1."""
+
 _FAR = 1024  # tokens
 
 MEMORY_TOLERANCE = 0.1
@@ -96,12 +103,15 @@ def tokenizer(context: Context) -> str:
 
 
 def gradients(context: Context) -> str:
-    """With gradient checkpointing as the backend does it by default, in training mode; of one pass and of two."""
+    """With gradient checkpointing as the backend does it by default, in training mode; of one pass and of two. On
+    quantized weights, of which there is no reference, the gradient is compared with the policy's own loss."""
     measured, model = [], context.model_without_dropout
     for dtype in dtypes_to_compare(context):
         error = expect_gradients(context, context.adapted(model=model, dtype=dtype), model, dtype)
         measured.append(f"{dtype} {error:.1g}")
-    return f"relative difference: {', '.join(measured)}{context.note_on(model)}"
+    said = f"relative difference: {', '.join(measured)}{context.note_on(model)}"
+    slopes = [f"{name} {_expect_slope(context, name):.0%}" for name in quantized(context.capabilities)]
+    return said + (f"; of the change of the loss that they say: {', '.join(slopes)}" if slopes else "")
 
 
 def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: str) -> float:
@@ -131,6 +141,39 @@ def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: 
     return error
 
 
+def _expect_slope(context: Context, quantization: str) -> float:
+    """The loss follows the gradient g of all factors, of a tiny model: L(x + εg) − L(x − εg) = 2ε|g|² for a small ε.
+
+    Returns:
+        The share of that change that was found.
+    """
+    policy = context.adapted(model=context.tiny(), dtype="auto", quantization=quantization)
+    ids = tokens(policy)
+    _, found = _gradients(context, policy, ids)
+    without = [name for name, (a, b) in found.items() if a is None or b is None]
+    expect(
+        found and not without,
+        f"{quantization}: {len(without)} of {len(found)} adapted layers got no gradient, for example {without[:1]}",
+    )
+    along = {weight: weight.grad.clone() for weight in policy.model.parameters() if weight.grad is not None}
+    square = sum((gradient.float() ** 2).sum().item() for gradient in along.values())
+    expect(square > 0, f"{quantization}: the adapter's gradients are zero")
+    losses = []
+    for way in (1, -2):  # to x + εg, and from there to x − εg
+        with torch.no_grad():
+            for weight, gradient in along.items():
+                weight.add_(way * _SLOPE / (2 * square) * gradient)
+        losses.append(_loss(context, policy, ids).item())
+    share = (losses[0] - losses[1]) / _SLOPE
+    least, most = _SLOPE_SHARES
+    expect(
+        least <= share <= most,
+        f"{quantization}: between two points along the adapter's gradient the loss changes by {share:.0%} of what the "
+        f"gradient says, from {losses[1]:.4f} to {losses[0]:.4f}; allowed: {least:.0%} to {most:.0%}",
+    )
+    return share
+
+
 Gradients = dict[str, tuple[torch.Tensor | None, torch.Tensor | None]]
 """Of A and B, by the name of their layer."""
 
@@ -144,16 +187,21 @@ def _relative_difference(found: Gradients, wanted: Pairs) -> float:
 
 def _gradients(context: Context, policy: LoadedPolicy, ids: torch.Tensor) -> tuple[float, Gradients]:
     """The loss of one more backward pass, and the gradients after it."""
-    context.backend.for_training(policy)
-    with torch.random.fork_rng():
-        loss = policy.model(input_ids=ids, labels=ids).loss
-        loss.backward()
+    loss = _loss(context, policy, ids)
+    loss.backward()
     found = {}
     for name, layer in lora_layers(policy.model).items():
         adapter = layer.active_adapters[0]
         grads = (part[adapter].weight.grad for part in (layer.lora_A, layer.lora_B))
         found[name] = tuple(None if grad is None else grad.float().cpu() for grad in grads)
     return loss.item(), found  # type: ignore[return-value]
+
+
+def _loss(context: Context, policy: LoadedPolicy, ids: torch.Tensor) -> torch.Tensor:
+    """Of the training forward."""
+    context.backend.for_training(policy)
+    with torch.random.fork_rng():
+        return policy.model(input_ids=ids, labels=ids).loss
 
 
 def memory(context: Context) -> str:

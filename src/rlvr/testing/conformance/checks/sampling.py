@@ -6,16 +6,20 @@ They are sampled as in training: the trainer calls `for_training` before the fir
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from rlvr.backends.protocol import LoadedPolicy
 from rlvr.errors import SamplerDriftError
-from rlvr.testing.conformance.context import CheckFailed, Context, expect, logits
+from rlvr.testing.conformance.context import CheckFailed, Context, expect, logits, quantized
 from rlvr.testing.conformance.trainer import LEARNING_RATES, trainer_for
 
 _MOVED = 3  # times the sampler's allowed drift: by so much a step has to move the policy, for staleness to show
+
+_CALM: dict[str, Any] = {"initializer_range": 0.1}
+"""Of a model that 8-bit arithmetic, a little other for other rows beside it, moves by a tenth of the allowed drift."""
 
 _LONG = 200  # tokens
 _COMPLETIONS = 64  # of 16 tokens at most: enough to tell a temperature of 0.7 from one of 0.8
@@ -23,35 +27,46 @@ _STANDARD_ERRORS = 5  # a right sampler is beyond once in a million
 
 
 def sampler(context: Context) -> str:
-    """Sampled log-probabilities against the training forward's, with transformers' generate and the engine chosen."""
+    """Sampled log-probabilities against the training forward's, with transformers' generate and the engine chosen;
+    with that also on each quantization that is claimed, of a tiny model."""
+    from rlvr.testing.tiny import save_tiny
+
     measured = [
         follows(context, context.adapted, engine="generate", temperature=0.7),
         follows(context, context.adapted, engine="auto", temperature=1.0),
     ]
+    for name in quantized(context.capabilities):
+        calm = save_tiny(context.folder(), **_CALM)
+        load = partial(context.adapted, model=calm, dtype="auto", quantization=name)
+        measured.append(follows(context, load, engine="auto", temperature=1.0, way=f"{name}: "))
     return f"mean difference in nats before and after: {'; '.join(measured)}"
 
 
-def follows(context: Context, load: Callable[[], LoadedPolicy], *, engine: str, temperature: float) -> str:
-    """The engine draws from the policy that is loaded, and from what a step makes of it."""
+def follows(
+    context: Context, load: Callable[[], LoadedPolicy], *, engine: str, temperature: float, way: str = ""
+) -> str:
+    """The engine draws from the policy that is loaded, and from what a step makes of it. `way` begins what is said."""
     from rlvr.trainers.canary import bound_of
 
     for learning_rate in LEARNING_RATES:
         policy = load()
         options: dict[str, Any] = {"temperature": temperature, "max_steps": 1, "learning_rate": learning_rate}
         trainer = trainer_for(context, policy, rollout_engine=engine, **options)
-        off = _expect_drawn(context, policy, trainer, temperature)
-        before, probe = _drift(context, policy, trainer, "before a step"), _training_logprobs(trainer)
+        off = _expect_drawn(context, policy, trainer, temperature, way)
+        before, probe = _drift(context, policy, trainer, f"{way}before a step"), _training_logprobs(trainer)
         trainer.train()
         moved = (_training_logprobs(trainer) - probe).abs().mean().item()
         if moved > _MOVED * bound_of(trainer):
             break
     else:
-        raise CheckFailed(f"a step moved the policy by {moved:.2g} nats, too little to tell a stale sampler from it")
-    after = _drift(context, policy, trainer, f"after a step that moved the policy by {moved:.2g} nats")
-    return f"{trainer.engine.name} {before:.1g} and {after:.1g}, drawn within {abs(off):.1f} errors"
+        raise CheckFailed(
+            f"{way}a step moved the policy by {moved:.2g} nats, too little to tell a stale sampler from it"
+        )
+    after = _drift(context, policy, trainer, f"{way}after a step that moved the policy by {moved:.2g} nats")
+    return f"{way}{trainer.engine.name} {before:.1g} and {after:.1g}, drawn within {abs(off):.1f} errors"
 
 
-def _expect_drawn(context: Context, policy: LoadedPolicy, trainer: Any, temperature: float) -> float:
+def _expect_drawn(context: Context, policy: LoadedPolicy, trainer: Any, temperature: float, way: str) -> float:
     """Tokens are drawn from the policy at this temperature: they have the log-probabilities that it gives them.
 
     With p the policy's own distribution at a place, and x the token drawn there, log p(x) + H(p) has mean 0 and
@@ -77,9 +92,10 @@ def _expect_drawn(context: Context, policy: LoadedPolicy, trainer: Any, temperat
     off = ((found - expected).sum() / torch.cat(variances).sum() ** 0.5).item()
     expect(
         abs(off) <= _STANDARD_ERRORS,
-        f"{trainer.engine.name} does not draw from the policy at temperature {temperature:g}: {len(found)} tokens "
-        f"have a mean log-probability of {found.mean():.3f}, and should have {expected.mean():.3f}: {abs(off):.0f} "
-        f"standard errors off; allowed: {_STANDARD_ERRORS}. Is the temperature, top_k or top_p another one?",
+        f"{way}{trainer.engine.name} does not draw from the policy at temperature {temperature:g}: {len(found)} "
+        f"tokens have a mean log-probability of {found.mean():.3f}, and should have {expected.mean():.3f}: "
+        f"{abs(off):.0f} standard errors off; allowed: {_STANDARD_ERRORS}. Is the temperature, top_k or top_p "
+        "another one?",
     )
     return off
 
