@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import ClassVar
 
+import torch
+
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
 
@@ -39,6 +41,54 @@ class TrainsNothingOfA(HFBackend):
             if "lora_A" in name:
                 parameter.requires_grad_(False)
                 parameter.grad = None
+
+
+class FreezesMagnitudes(HFBackend):
+    """Of DoRA, once training begins."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        for name, parameter in policy.model.named_parameters():
+            if "magnitude" in name:
+                parameter.requires_grad_(False)
+
+
+class FreezesBiases(HFBackend):
+    """Once training begins."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        for name, parameter in policy.model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.requires_grad_(False)
+
+
+class KeepsTheBaseInBuffers(HFBackend):
+    """And training changes one."""
+
+    def load_policy(self, settings):
+        policy = super().load_policy(settings)
+        policy.model.register_buffer("qweight", torch.zeros(8))
+        return policy
+
+    def apply_lora(self, policy, lora):
+        policy = super().apply_lora(policy, lora)
+        base = policy.model.get_base_model()
+
+        def change(weight):
+            base.qweight.add_(1)
+
+        first = next(weight for weight in policy.model.parameters() if weight.requires_grad)
+        first.register_post_accumulate_grad_hook(change)
+        return policy
+
+
+class LosesATensorOfTheBase(HFBackend):
+    """A norm that does nothing, once training begins."""
+
+    def for_training(self, policy):
+        super().for_training(policy)
+        policy.model.get_base_model().model.norm = torch.nn.Identity()
 
 
 class SamplesFromStaleWeights(HFBackend):
@@ -147,6 +197,10 @@ TRAINING_FAULTS = {
     ChangesUnknownArguments: "training-arguments",
     TrainsTheBase: "trains-adapter-only",
     TrainsInHalf: "trains-adapter-only",
+    FreezesMagnitudes: "trains-adapter-only",
+    FreezesBiases: "trains-adapter-only",
+    KeepsTheBaseInBuffers: "trains-adapter-only",
+    LosesATensorOfTheBase: "trains-adapter-only",
     TrainsNothingOfA: "trains-adapter-only",
     SamplesFromStaleWeights: "sampler-is-policy",
     SynchronisesForInferenceOnly: "sampler-is-policy",

@@ -52,6 +52,19 @@ def test_every_quantization_that_is_claimed_is_sampled_trained_and_saved():
         assert f"on weights in {name} " in messages["export-merged-16bit"]
 
 
+def test_every_form_of_lora_that_is_claimed_is_trained():
+    (result,) = check_backend(HFBackend(), only=["trains-adapter-only"]).results
+    for said in ("rsLoRA: 28 adapter", "DoRA: 42 adapter", "bias='all': 34 adapter"):
+        assert said in result.message
+
+
+def test_a_model_without_biases_has_none_to_train(tmp_path):
+    model = str(save_tiny(tmp_path / "model", "llama", **LIVELY))
+    (result,) = check_backend(HFBackend(), model=model, only=["trains-adapter-only"]).results
+    assert result.passed, result.message
+    assert "bias='all': the model has none" in result.message
+
+
 def test_a_model_with_dropout_of_its_own_is_no_fault(tmp_path):
     model = str(save_tiny(tmp_path / "model", "llama", attention_dropout=0.1, **LIVELY))
     report = check_backend(HFBackend(), model=model, only=["policy", "training"])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr.testing.conformance.context import Context
+from rlvr.testing.conformance.context import Context, plain_name
 
 if TYPE_CHECKING:
     import torch
@@ -89,12 +89,23 @@ def _environment(reward: Callable[[Any], float]) -> Any:
 
 
 def trained(policy: LoadedPolicy) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in policy.model.named_parameters() if p.requires_grad}
+    return copied({name: p for name, p in policy.model.named_parameters() if p.requires_grad})
 
 
-def changed(policy: LoadedPolicy, before: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the parameters that are no longer what they were."""
+def held(policy: LoadedPolicy) -> dict[str, torch.Tensor]:
+    """What a checkpoint would hold: parameters and persistent buffers, by the name they have without an adapter."""
+    saved = policy.model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in policy.model.named_buffers() if name in saved}
+    return {plain_name(name): tensor for name, tensor in (*policy.model.named_parameters(), *buffers.items())}
+
+
+def copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+
+
+def changed(policy: LoadedPolicy, before: Mapping[str, torch.Tensor]) -> set[str]:
+    """Names, as `held` has them, of the tensors that are no longer there or no longer what they were."""
     import torch
 
-    now = dict(policy.model.named_parameters())
-    return {name for name, tensor in before.items() if name in now and not torch.equal(tensor, now[name])}
+    now = held(policy)
+    return {name for name, tensor in before.items() if name not in now or not torch.equal(tensor, now[name])}

@@ -14,8 +14,8 @@ from rlvr.testing.conformance.checks.policy import (
 )
 from rlvr.testing.conformance.checks.sampling import follows
 from rlvr.testing.conformance.checks.settings import claimed
-from rlvr.testing.conformance.context import Context, expect, logits, plain_name, shake, token_logprobs, tokens
-from rlvr.testing.conformance.trainer import changed
+from rlvr.testing.conformance.context import Context, expect, logits, shake, token_logprobs, tokens
+from rlvr.testing.conformance.trainer import changed, copied, held
 
 _SHAPE: dict[str, Any] = {
     "hidden_size": 256, "heads": 4, "kv_heads": 2, "intermediate_size": 512, "initializer_range": 0.05,
@@ -51,9 +51,9 @@ def _beside(context: Context) -> str:
     logprobs = expect_logprobs(context, policy, model, dtype, f"fast_inference='on', {dtype}")
     gradients = expect_gradients(context, policy, model, dtype)
     policy.model.zero_grad(set_to_none=True)
-    before = {name: p.detach().clone() for name, p in policy.model.named_parameters() if not p.requires_grad}
+    before = copied({name: tensor for name, tensor in held(policy).items() if not tensor.requires_grad})
     followed = follows(context, lambda: policy, engine="auto", temperature=1.0)
-    base = sorted(map(plain_name, changed(policy, before)))
+    base = sorted(changed(policy, before))
     expect(not base, f"fast_inference='on': training changed {len(base)} frozen tensors, for example {base[:1]}")
     return (
         f"log-probabilities {logprobs:.1g} nats off, gradients {gradients:.1g} of their norm; {followed}; saved "

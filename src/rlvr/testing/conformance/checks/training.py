@@ -9,6 +9,7 @@ from transformers import TrainerCallback
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.errors import AdapterError
+from rlvr.testing.conformance.checks.saving import PLAIN, Form, other_forms
 from rlvr.testing.conformance.context import (
     CheckFailed,
     Context,
@@ -17,7 +18,16 @@ from rlvr.testing.conformance.context import (
     plain_name,
     quantized,
 )
-from rlvr.testing.conformance.trainer import LEARNING_RATES, STEPS, changed, checksum, trained, trainer_for
+from rlvr.testing.conformance.trainer import (
+    LEARNING_RATES,
+    STEPS,
+    changed,
+    checksum,
+    copied,
+    held,
+    trained,
+    trainer_for,
+)
 
 KL_OF_ITSELF = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 """Nats a token: what rounding makes of the KL divergence of a policy from itself, by the dtype it is computed in."""
@@ -38,31 +48,44 @@ def arguments(context: Context) -> str:
 
 
 def adapter_only(context: Context) -> str:
-    """With plain weights, and with each quantization that is claimed."""
-    said = [_adapter_only(context, "")]
-    for name in quantized(context.capabilities):
-        said.append(_adapter_only(context, f"{name}: ", dtype="auto", quantization=name))
+    """With plain weights, with each other form of LoRA that is claimed, and with each quantization."""
+    claims = context.capabilities
+    said = [_adapter_only(context, PLAIN)]
+    said += [_adapter_only(context, form, f"{form.name}: ") for form in other_forms(claims)]
+    for name in quantized(claims):
+        said.append(_adapter_only(context, PLAIN, f"{name}: ", dtype="auto", quantization=name))
     return "; ".join(said)
 
 
-def _adapter_only(context: Context, way: str, **settings: Any) -> str:
+def _adapter_only(context: Context, form: Form, way: str = "", **settings: Any) -> str:
     """`way` begins what it says."""
-    policy = context.policy(LoraSettings(r=4), **settings)
-    before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
-    adapters = {name for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
-    expect(adapters, f"{way}the policy has no trainable adapter")
+    policy = context.policy(form.lora, **settings)
+    adapter = {plain_name(name) for name, parameter in policy.model.named_parameters() if parameter.requires_grad}
+    if form is not PLAIN and not any(form.part in name for name in adapter):
+        return f"{way}the model has none"
+    expect(adapter, f"{way}the policy has no trainable adapter")
+    before = copied(held(policy))
     trainer = trainer_for(context, policy)
+    now = held(policy)
+    frozen = sorted(name for name in adapter & now.keys() if not now[name].requires_grad)
+    expect(
+        not frozen,
+        f"{way}{len(frozen)} of {len(adapter)} tensors that apply_lora made trainable are frozen in training, for "
+        f"example {frozen[:1]}",
+    )
     trainer.train()
     made = trainer.state.global_step
     expect(made == STEPS, f"{way}{made} steps were made; {STEPS} were asked for")
-    now = dict(policy.model.named_parameters())
-    expect_fine_grained({plain_name(name): now[name] for name in adapters if name in now}, way)
+    now = held(policy)
+    gone = sorted(before.keys() - now.keys())
+    expect(not gone, f"{way}after training {len(gone)} tensors are not in the model any more, for example {gone[:1]}")
+    expect_fine_grained({name: now[name] for name in adapter if _is_factor(name)}, way)
     moved = changed(policy, before)
-    base = sorted(plain_name(name) for name in moved if not _is_adapters(name))
+    base = sorted(name for name in moved if not (_is_factor(name) or form.part in name))
     expect(not base, f"{way}training changed {len(base)} tensors of the base model, for example {base[:1]}")
-    still = sorted(plain_name(name) for name in adapters - moved)
+    still = sorted(adapter - moved)
     expect(not still, f"{way}{STEPS} steps left {len(still)} adapter tensors unchanged, for example {still[:1]}")
-    return f"{way}{len(moved)} adapter tensors changed, in float32, {len(before) - len(moved)} others did not"
+    return f"{way}{len(moved)} adapter tensors changed, factors in float32, {len(before) - len(moved)} others did not"
 
 
 def reference(context: Context) -> str:
@@ -152,5 +175,6 @@ class _Seen(TrainerCallback):
         return checksum(trajectory)
 
 
-def _is_adapters(name: str) -> bool:
+def _is_factor(name: str) -> bool:
+    """Or another tensor of LoRA's own, such as a magnitude."""
     return "lora_" in name
