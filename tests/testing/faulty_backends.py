@@ -275,6 +275,22 @@ class FreezesForTraining(HFBackend):
         policy.model.get_input_embeddings().requires_grad_(False)
 
 
+class ExportsTheBaseOfFullFinetuning(HFBackend):
+    """In every format but its own."""
+
+    def save(self, policy, folder, export_format="adapter"):
+        if policy.settings.full_finetuning and export_format != "adapter":
+            policy = self.load_policy(policy.settings)
+        super().save(policy, folder, export_format)
+
+
+class SavesTheBaseOfFullFinetuning(HFBackend):
+    def save(self, policy, folder, export_format="adapter"):
+        if policy.settings.full_finetuning and export_format == "adapter":
+            policy = self.load_policy(policy.settings)
+        super().save(policy, folder, export_format)
+
+
 BACKEND_FAULTS = {
     ClaimsUnknownWords: "capabilities",
     ClaimsUnknownExport: "capabilities",
@@ -312,6 +328,8 @@ FAULTS_ALONE = {
     LoadSavedIgnoresRevision: ("setting-revision", "an adapter on revision='other' was loaded back on another one's"),
     LosesAGradient: ("setting-full-finetuning", "training left 1 tensors unchanged"),
     FreezesInFullFinetuning: ("setting-full-finetuning", "once loaded 1 tensors are frozen"),
+    ExportsTheBaseOfFullFinetuning: ("setting-full-finetuning", "full_finetuning, merged-16bit: loaded back, it is"),
+    SavesTheBaseOfFullFinetuning: ("setting-full-finetuning", "full_finetuning, adapter: loaded back, it is another"),
     FreezesForTraining: ("setting-full-finetuning", "after for_training 1 tensors are frozen"),
 }
 """Fault → the check of the group `alone` that has to find it, and a part of what it says."""

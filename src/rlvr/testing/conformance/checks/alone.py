@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
+from rlvr.exporting.parity import Expected, logprobs
+from rlvr.testing.conformance.checks.saving import SaveRefused, inferring, saved_and_loaded
 from rlvr.testing.conformance.context import Context, expect, logits, refusal, tokens
 from rlvr.testing.conformance.trainer import trainer_for
 
@@ -90,13 +92,24 @@ def full_finetuning(context: Context) -> str:
     expect(policy.lora is None, "full_finetuning, and LoadedPolicy.lora is not None")
     with refusal("apply_lora on a policy that was loaded for full_finetuning"):
         context.backend.apply_lora(policy, LoraSettings())
+    texts = tokens(policy).tolist()
+    base = logprobs(inferring(context, policy), texts)
     before = {name: parameter.detach().clone() for name, parameter in policy.model.named_parameters()}
     trainer_for(context, policy).train()
     still = [name for name, parameter in policy.model.named_parameters() if torch.equal(parameter, before[name])]
     expect(not still, f"full_finetuning: training left {len(still)} tensors unchanged, for example {still[:1]}")
-    wanted, folder = logits(context, policy), context.folder()
-    context.backend.save(policy, folder)
-    loaded = context.backend.load_saved(folder, policy.settings)
-    error = (logits(context, loaded) - wanted).abs().max().item()
-    expect(error < 1e-4, f"saved and loaded back, logits differ by {error:.2g}")
-    return "every weight is trained, saved and loaded back"
+    expected = Expected.of(inferring(context, policy), texts)
+    said = [_whole(context, policy, name, expected, base) for name in context.capabilities.export_formats]
+    return f"every weight is trained, saved and loaded back; nats off: {', '.join(said)}"
+
+
+def _whole(context: Context, policy: LoadedPolicy, export_format: Any, expected: Expected, base: torch.Tensor) -> str:
+    """The whole model in one format, of which all but "adapter", the one that ends a run, may be refused."""
+    name = f"full_finetuning, {export_format}"
+    try:
+        exported = saved_and_loaded(context, policy, export_format, name, expected=expected, base=base)
+    except SaveRefused:
+        if export_format == "adapter":
+            raise
+        return f"{export_format} refused"
+    return f"{export_format} {exported.parity.error:.1g}"

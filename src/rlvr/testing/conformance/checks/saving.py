@@ -116,7 +116,7 @@ def _other_form(context: Context, export_format: Any, form: Form) -> str:
         return f"{form.name}: the model has none"
     try:
         exported = _round_trip(context, export_format, form, form.name)
-    except _SaveRefused:
+    except SaveRefused:
         return f"{form.name} refused"
     return f"{form.name} {exported.parity.error:.1g}"
 
@@ -150,32 +150,48 @@ def _on_quantized(context: Context, export_format: Any, quantization: str) -> st
     }
     try:
         exported = _round_trip(context, export_format, PLAIN, name, **settings)
-    except _SaveRefused as error:
+    except SaveRefused as error:
         expect(export_format != "adapter", f"{name}: an adapter cannot be saved: {error}")
         return f"{name} refused"
     return f"{name} {exported.parity.error:.1g}"
 
 
-class _SaveRefused(CheckFailed):
+class SaveRefused(CheckFailed):
     """`save` raised an `RlvrError`: a finding, unless the check allows it."""
 
 
 def _round_trip(context: Context, export_format: Any, form: Form, name: str, **settings: Any) -> Exported:
     """Saves and loads a policy of which `form.part` is trained, and compares it with the same one before that."""
-    policy, folder = context.policy(form.lora, **settings), context.folder() / "export"
-    allowed, texts = tolerance(export_format, policy), tokens(policy).tolist()
+    policy = context.policy(form.lora, **settings)
+    texts = tokens(policy).tolist()
     shake(policy.model, where=lambda name: form.part not in name)
-    base = logprobs(_inferring(context, policy), texts)
+    base = logprobs(inferring(context, policy), texts)
     times = 1 if export_format == "merged-4bit" else _TRAINED  # adapters that do more are rounded badly
-    _train(context, policy, form, texts, base=base, enough=times * allowed.error)
-    expected = Expected.of(_inferring(context, policy), texts)
+    _train(context, policy, form, texts, base=base, enough=times * tolerance(export_format, policy).error)
+    expected = Expected.of(inferring(context, policy), texts)
+    return saved_and_loaded(context, policy, export_format, name, expected=expected, base=base)
+
+
+def saved_and_loaded(
+    context: Context, policy: LoadedPolicy, export_format: Any, name: str, *, expected: Expected, base: torch.Tensor
+) -> Exported:
+    """Saves the policy, which is to stay as it is, and loads it back as the same one.
+
+    Args:
+        name: begins the findings.
+        base: log-probabilities of `expected.texts` before training, (N,) in nats.
+
+    Raises:
+        SaveRefused: by an `RlvrError`.
+    """
+    folder, allowed = context.folder() / "export", tolerance(export_format, policy)
     _save(context, policy, folder, export_format, name)
     expect(
-        torch.equal(logprobs(_inferring(context, policy), texts), expected.logprobs),
+        torch.equal(logprobs(inferring(context, policy), expected.texts), expected.logprobs),
         f"{name}: saving has changed the policy that was saved",
     )
     loaded = context.backend.load_saved(folder, settings_to_load(export_format, policy.settings))
-    parity = compare(_inferring(context, loaded), expected, base=base, allowed=allowed)
+    parity = compare(inferring(context, loaded), expected, base=base, allowed=allowed)
     expect(not parity.problems, f"{name}: loaded back, it is another policy: {'; '.join(parity.problems)}")
     return Exported(policy, loaded, folder, expected, allowed, parity)
 
@@ -185,7 +201,7 @@ def _save(context: Context, policy: LoadedPolicy, folder: Path, export_format: A
         context.backend.save(policy, folder, export_format)
     except Exception as error:
         finding = f"{name}: it is claimed, and save raised {type(error).__name__}: {first_line(error)}"
-        raise (_SaveRefused if isinstance(error, RlvrError) else CheckFailed)(finding) from error
+        raise (SaveRefused if isinstance(error, RlvrError) else CheckFailed)(finding) from error
 
 
 def _train(
@@ -194,7 +210,7 @@ def _train(
     """Moves what the form trains until log-probabilities differ by `enough`."""
     for seed in range(1, 10):
         shake(policy.model, scale=0.1, seed=seed, where=lambda name: form.part in name)
-        if (logprobs(_inferring(context, policy), texts) - base).abs().mean() > enough:
+        if (logprobs(inferring(context, policy), texts) - base).abs().mean() > enough:
             return
 
 
@@ -203,7 +219,7 @@ def _parts(policy: LoadedPolicy, form: Form) -> list[str]:
     return [name for name, weight in policy.model.named_parameters() if form.part in name and weight.requires_grad]
 
 
-def _inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
+def inferring(context: Context, policy: LoadedPolicy) -> torch.nn.Module:
     context.backend.for_inference(policy)
     return policy.model
 
@@ -252,7 +268,7 @@ def _adapter(context: Context, exported: Exported) -> str:
         for where, lora in stated.items():
             found = getattr(lora, name, None)
             expect(found == wanted, f"{where} says {name}={found}; the adapter that was saved has {wanted}")
-    error = (logprobs(_inferring(context, again), expected.texts) - expected.logprobs).abs().mean().item()
+    error = (logprobs(inferring(context, again), expected.texts) - expected.logprobs).abs().mean().item()
     expect(
         error <= allowed.error,
         f"load_saved(trainable=True) gives another policy: log-probabilities differ by {error:.2g} nats on average "
