@@ -356,10 +356,39 @@ else:
     import logging, warnings
 """
 
+WITH_A_BANNER = """
+from rlvr.backends.hf.backend import HFBackend
+
+class WithABanner(HFBackend):
+    def load_policy(self, settings):
+        print("Welcome!")
+        return super().load_policy(settings)
+
+return WithABanner()
+"""
+
+LEAVES_A_FILE = """
+from rlvr.backends.hf.backend import HFBackend
+
+class LeavesAFile(HFBackend):
+    def apply_lora(self, policy, lora):
+        open("compiled_cache.tmp", "w").close()
+        return super().apply_lora(policy, lora)
+
+return LeavesAFile()
+"""
+
 FAULTY_PLUGINS = {
     "imports what is heavy": FaultyPlugin("lazy-plugin", ("listing it imports datasets",), top="import datasets"),
     "prints and writes": FaultyPlugin(
         "loads-first", ("Welcome!", "cache.txt"), load="print('Welcome!'); open('cache.txt', 'w').close()"
+    ),
+    "prints with each policy": FaultyPlugin("loads-first", ("Welcome!",), load=WITH_A_BANNER),
+    "leaves a file with the first adapter": FaultyPlugin(
+        "loads-first", ("writes to the working directory: compiled_cache.tmp",), load=LEAVES_A_FILE
+    ),
+    "leaves a file in a check": FaultyPlugin(
+        "lora-r", ("writes to the working directory: compiled_cache.tmp",), load=LEAVES_A_FILE
     ),
     "patches only when first": FaultyPlugin(
         "loads-late",

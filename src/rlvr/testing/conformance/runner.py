@@ -231,13 +231,15 @@ class _Job:
             "checks": [check.name for check in checks],
             "scratch": str(folder),
         }
+        working = folder / "working"  # empty, so that what a backend leaves there is seen
+        working.mkdir()
         with open(folder / "output.txt", "w", encoding="utf-8") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", "rlvr.testing.conformance.child", json.dumps(job)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                cwd=folder,
+                cwd=working,
                 env=self._environment(group, folder),
                 start_new_session=True,
             )

@@ -38,6 +38,7 @@ try:
     with contextlib.redirect_stdout(seen), warnings.catch_warnings(record=True) as caught:
         backend = rlvr.load_backend({name!r})
         backend.capabilities()
+        {then}
 except rlvr.RlvrError as refused:
     error = str(refused)
 told += [str(warning.message) for warning in caught]
@@ -48,12 +49,18 @@ if error is None:
 print(json.dumps({{"error": error, "stdout": seen.getvalue(), "files": os.listdir("."), "told": told,
                    "trainer": trainer}}))
 """
-_FIRST = ""
 _LATE = f"import {', '.join(EARLIER)}; trl.GRPOTrainer"
+
+_POLICY = """
+        import tempfile
+        from rlvr.testing.tiny import save_tiny
+        model = str(save_tiny(tempfile.mkdtemp()))
+        rlvr.load_policy(model, backend={name!r}, max_seq_length=256, fast_inference="off", device={device!r})
+"""
 
 
 def lazy_plugin(context: Context) -> str:
-    found = _run(context, _LISTING.format(name=context.name, heavy=HEAVY))
+    found = answer_of(context, _LISTING.format(name=context.name, heavy=HEAVY))
     expect(found["available"], f"'rlvr backends' lists it as not available: {found['reason']}")
     expect(
         not found["heavy"],
@@ -64,13 +71,15 @@ def lazy_plugin(context: Context) -> str:
 
 
 def loads_first(context: Context) -> str:
-    return _tidy(_loaded_first(context))
+    """Alone, and once more with a policy, for which alone it may print or write."""
+    _tidy(_loaded_first(context))
+    return _tidy(_loaded_first(context, _POLICY.format(name=context.name, device=context.device)))
 
 
 def loads_late(context: Context) -> str:
     """The trainer must be the one that there is when the backend is loaded first, or the user must be told."""
     first = _loaded_first(context)
-    late = _run(context, _LOAD.format(name=context.name, before=_LATE))
+    late = answer_of(context, _LOAD.format(name=context.name, before=_LATE, then=""))
     if late["error"] is not None:
         return f"refused: {late['error']}"
     tidy = _tidy(late)
@@ -86,8 +95,9 @@ def loads_late(context: Context) -> str:
     return f"{tidy}; warned: {' '.join(told)}"
 
 
-def _loaded_first(context: Context) -> dict[str, Any]:
-    found = _run(context, _LOAD.format(name=context.name, before=_FIRST))
+def _loaded_first(context: Context, then: str = "") -> dict[str, Any]:
+    """`then`: lines that follow."""
+    found = answer_of(context, _LOAD.format(name=context.name, before="", then=then))
     expect(found["error"] is None, f"it cannot be loaded in a fresh process: {found['error']}")
     return found
 
@@ -102,13 +112,13 @@ def _tidy(found: dict[str, Any]) -> str:
     return "works, prints and writes nothing"
 
 
-def _run(context: Context, program: str) -> dict[str, Any]:
+def answer_of(context: Context, program: str) -> Any:
     """What the program prints last, as JSON."""
     return _answer(context.scratch, program)
 
 
 @functools.cache
-def _answer(scratch: Path, program: str) -> dict[str, Any]:
+def _answer(scratch: Path, program: str) -> Any:
     """Cached, because two checks ask what a backend is that is loaded first; `scratch` is one run's own."""
     path = os.pathsep.join(filter(None, sys.path))
     outcome = subprocess.run(
