@@ -108,10 +108,12 @@ class BackendWriter:
 
 
 def settings_to_load(export_format: ExportFormat, settings: ModelSettings) -> ModelSettings:
-    """With the export's own quantization; an adapter goes on the base as it was in training."""
+    """With the export's own quantization; an adapter goes on the base as it was in training. Weights in 4 bits cannot
+    be trained, whatever the run did with its own."""
     own = {"merged-16bit": "none", "merged-4bit": "4bit"}
     quantization: Any = own.get(export_format, settings.quantization)
-    return replace(settings, quantization=quantization)
+    trained = settings.full_finetuning and quantization == "none"
+    return replace(settings, quantization=quantization, full_finetuning=trained)
 
 
 def _tokenizer_in(folder: Path, settings: ModelSettings) -> Any:
