@@ -1,9 +1,8 @@
-"""Comparing backends: the numbers by hand, the plot, refusals, and whole comparisons of tiny runs."""
+"""Comparing backends: the numbers by hand, the plot and refusals. `test_compared_runs.py` has whole comparisons."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.image import imread
+from other_backends import OTHER_BACKEND
 
 from rlvr.child_process import read_task
 from rlvr.cli import main
@@ -22,19 +22,6 @@ from rlvr.comparison import BackendRun, Comparison, compare
 from rlvr.comparison.child import peak_of_process
 from rlvr.comparison.plot import plot
 from rlvr.errors import BackendError, ConfigError, PluginLoadError, RunFolderError, UnknownPluginError
-
-has_unsloth = importlib.util.find_spec("unsloth") is not None
-
-SHORT = (
-    *("--max-tokens", "6", "--max-prompt-length", "64", "--num-generations", "4", "--prompts-per-step", "2"),
-    *("--learning-rate", "0.01"),
-)
-DENSE_REWARD = """
-import zlib
-
-def reward(trajectory):
-    return zlib.crc32(trajectory.text.encode()) % 8 / 7
-"""
 
 FIRST = BackendRun(
     backend="one",
@@ -81,9 +68,9 @@ def test_the_table_by_hand():
     )  # the median of 300 in 4 s and 300 in 2 s: as the times, without the first step
     assert rows["peak memory, MiB"][0] == "3"
     assert rows["start differs by, nats a token"] == ["0", "0.5"]
-    assert rows["gradient differs by, of its norm"] == ["0", "0.5"]  # 5 of 10
+    assert rows["gradient differs by"] == ["0", "0.5"]  # 5 of 10
     assert rows["same completions at step 1"] == ["4 of 4", "2 of 4"]
-    assert rows["update at step 1 differs by, of its norm"] == ["0", "other completions"]
+    assert rows["update at step 1 differs by"] == ["0", "other completions"]
     assert rows["lora alpha / r"] == ["16 / 8", "no LoRA"]
     found = comparison.as_json()["backends"]["other"]
     assert found["start_differs_by_nats"] == 0.5
@@ -132,15 +119,15 @@ def test_updates_and_gradients_are_compared_as_a_share_of_their_norm(update, dif
     first = dataclasses.replace(FIRST, probe_gradient=FIRST.first_update)
     assert other.update_difference(first) == other.gradient_difference(first) == differs_by
     rows = dict(Comparison(env="e", model="m", as_is=True, runs=(first, other)).rows())
-    assert rows["update at step 1 differs by, of its norm"] == ["0", text]
-    assert rows["gradient differs by, of its norm"] == ["0", text]
+    assert rows["update at step 1 differs by"] == ["0", text]
+    assert rows["gradient differs by"] == ["0", text]
 
 
 def test_a_first_step_without_an_update_is_not_called_agreement():
     still = dataclasses.replace(FIRST, first_update={"a": [0.0, 0.0], "b": [0.0, 0.0]})
     assert still.update_difference(still) is None
     rows = dict(Comparison(env="e", model="m", as_is=True, runs=(still, still)).rows())
-    assert rows["update at step 1 differs by, of its norm"] == ["no update", "no update"]
+    assert rows["update at step 1 differs by"] == ["no update", "no update"]
 
 
 def test_the_table_says_how_backends_sample_and_checkpoint_where_they_differ():
@@ -354,143 +341,3 @@ def test_a_process_gets_no_precision_that_a_trainer_of_this_one_exported(tmp_pat
         compare("arithmetic", "m", ["hf", "other"], steps=1, output_dir=tmp_path / "out")
     assert len(given) == 4  # to load it and to train, each backend
     assert not any("ACCELERATE_MIXED_PRECISION" in variables for variables in given)
-
-
-@pytest.fixture
-def comparison_of(capsys, tmp_path, monkeypatch):
-    """Compares in an environment whose rewards differ, whatever a tiny model says."""
-    (tmp_path / "rows.jsonl").write_text("".join(f'{{"question": "say {n}", "answer": "x"}}\n' for n in range(20)))
-    (tmp_path / "dense_reward.py").write_text(DENSE_REWARD)
-    monkeypatch.syspath_prepend(tmp_path)
-    data = ("--datasets", str(tmp_path / "rows.jsonl"), "--reward", "dense_reward:reward")
-
-    def run(folder, *arguments):
-        with pytest.raises(SystemExit) as stop:
-            main(["compare", "dataset", *data, "--output-dir", str(folder), "--json", *arguments, *SHORT])
-        assert not stop.value.code
-        found = json.loads(capsys.readouterr().out)
-        assert found == json.loads((folder / "comparison.json").read_text())
-        return found
-
-    return run
-
-
-OTHER_BACKEND = """
-from dataclasses import replace
-from rlvr import hookimpl
-
-@hookimpl
-def rlvr_backend():
-    from rlvr.backends.hf.backend import HFBackend
-
-    class Doubling(HFBackend):
-        name = "other"
-
-        def apply_lora(self, policy, lora):
-            return super().apply_lora(policy, lora.applied(2))
-
-    return Doubling()
-"""
-NEGATING_BACKEND = OTHER_BACKEND.replace("other", "negating").replace(
-    "return super().apply_lora(policy, lora.applied(2))",
-    """policy = super().apply_lora(policy, lora)
-            for weight in policy.model.parameters():
-                if weight.requires_grad:
-                    weight.register_hook(lambda gradient: -gradient)
-            return policy""",
-)
-
-
-@pytest.fixture
-def install_backend(tmp_path, monkeypatch):
-    site = tmp_path / "site"
-
-    def install(name, code):
-        info = site / f"{name}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (site / f"{name}_plugin.py").write_text(code)
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(f"[rlvr.backends]\n{name} = {name}_plugin\n")
-        monkeypatch.syspath_prepend(site)
-
-    yield install
-    for name in ("other_plugin", "negating_plugin"):
-        sys.modules.pop(name, None)
-
-
-@pytest.fixture
-def other_backend(install_backend):
-    """An installed backend that doubles alpha by default, as Unsloth's does, and is `hf` otherwise."""
-    install_backend("other", OTHER_BACKEND)
-
-
-def test_alpha_is_equalised_and_the_same_backend_twice_is_the_same_training(
-    tmp_path, comparison_of, model_folder, other_backend
-):
-    arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "2")
-    found = comparison_of(tmp_path / "equalised", *arguments)["backends"]
-    assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
-    assert found["other"]["start_differs_by_nats"] == 0
-    assert found["other"]["same_first_completions"] == len(found["hf"]["first_completions"]) == 8
-    assert found["other"]["first_loss_differs_by"] == 0
-    assert found["other"]["gradient_differs_by"] == found["other"]["first_update_differs_by"] == 0
-    assert found["other"]["rewards"] == found["hf"]["rewards"]
-    assert found["hf"]["first_grad_norm"] > 0
-    for run in found.values():
-        assert len(run["step_seconds"]) == len(run["rewards"]) == 2
-        assert all(seconds > 0 for seconds in run["rollout_seconds"] + run["scoring_seconds"] + run["update_seconds"])
-        assert len(run["tokens"]) == 2
-        assert all(tokens > 0 for tokens in run["tokens"])
-        assert run["peak_bytes"] > 2**20
-        assert run["gradient_checkpointing"] is True
-    assert (tmp_path / "equalised" / "hf" / "metrics.jsonl").exists()
-    assert (tmp_path / "equalised" / "comparison.png").exists()
-
-
-def test_a_backend_that_climbs_down_is_told_from_one_that_is_right(
-    tmp_path, comparison_of, model_folder, other_backend, install_backend
-):
-    install_backend("negating", NEGATING_BACKEND)
-    arguments = ("--backends", "hf,other,negating", "-m", str(model_folder), "--steps", "1")
-    found = comparison_of(tmp_path / "out", *arguments)["backends"]
-    right, wrong = found["other"], found["negating"]
-    for run in (right, wrong):  # none of these tells the two apart
-        assert run["start_differs_by_nats"] == run["first_loss_differs_by"] == 0
-        assert run["same_first_completions"] == 8
-        assert run["first_grad_norm"] == found["hf"]["first_grad_norm"] > 0
-    assert (right["gradient_differs_by"], right["first_update_differs_by"]) == (0, 0)
-    assert wrong["gradient_differs_by"] == pytest.approx(2)
-    assert wrong["first_update_differs_by"] == pytest.approx(2, abs=0.01)
-
-
-def test_steps_may_use_rollouts_again(tmp_path, comparison_of, model_folder, other_backend):
-    arguments = ("--backends", "hf,other", "-m", str(model_folder), "--steps", "3", "--num-iterations", "2")
-    for run in comparison_of(tmp_path / "again", *arguments)["backends"].values():
-        assert [reward is None for reward in run["rewards"]] == [False, True, False]
-        assert [tokens > 0 for tokens in run["tokens"]] == [True, False, True]
-        assert [seconds > 0 for seconds in run["rollout_seconds"]] == [True, False, True]
-        assert len(run["step_seconds"]) == 3
-
-
-def test_as_is_leaves_each_backend_its_own_defaults(tmp_path, comparison_of, model_folder, other_backend):
-    arguments = ("--backends", "other,hf", "-m", str(model_folder), "--steps", "1", "--as-is")
-    found = comparison_of(tmp_path / "as_is", *arguments)
-    assert found["as_is"] is True
-    assert [run["lora"]["alpha"] for run in found["backends"].values()] == [32, 16]
-    for run in found["backends"].values():  # as a run of its own: the activations of a tiny model fit memory
-        assert (run["gradient_checkpointing"], run["rollout_engine"]) == (False, "grouped")
-
-
-@pytest.mark.unsloth
-@pytest.mark.skipif(not has_unsloth, reason="the unsloth package is not installed in this environment")
-def test_hf_and_unsloth_are_the_same_training(tmp_path, comparison_of, model_folder):
-    arguments = ("--backends", "hf,unsloth", "-m", str(model_folder), "--steps", "2")
-    found = comparison_of(tmp_path / "out", *arguments)["backends"]
-    assert [run["lora"]["alpha"] for run in found.values()] == [16, 16]
-    assert [run["gradient_checkpointing"] for run in found.values()] == [True, True]
-    assert found["unsloth"]["start_differs_by_nats"] < 1e-4
-    assert found["unsloth"]["first_loss_differs_by"] < 1e-4
-    assert found["unsloth"]["gradient_differs_by"] < 1e-3
-    assert found["unsloth"]["first_update_differs_by"] < 0.05  # Adam's first step has the size of the learning rate
-    assert found["hf"]["first_grad_norm"] > 0
-    assert found["unsloth"]["same_first_completions"] == 8

@@ -145,14 +145,14 @@ class Comparison:
                 cells(lambda run: _difference_text(run.probe_difference(first), "other tokens")),
             ),
             (
-                "gradient differs by, of its norm",
+                "gradient differs by",
                 cells(lambda run: _difference_text(run.gradient_difference(first), "not comparable")),
             ),
             (
                 "same completions at step 1",
                 cells(lambda run: f"{run.same_first_completions(first)} of {len(run.first_completions)}"),
             ),
-            ("update at step 1 differs by, of its norm", cells(lambda run: _update_text(run, first))),
+            ("update at step 1 differs by", cells(lambda run: _update_text(run, first))),
             ("lora alpha / r", cells(lambda run: f"{run.lora['alpha']} / {run.lora['r']}" if run.lora else "no LoRA")),
             *((name, texts) for name, texts in ways if len(set(texts)) > 1),
             ("changed arguments", cells(lambda run: _changes_text(run.changed_arguments))),
