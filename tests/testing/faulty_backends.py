@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from rlvr.backends.hf.backend import HFBackend
 from rlvr.backends.protocol import ArgumentChange
+from rlvr.errors import UnsupportedSettingError
 
 
 class IgnoresDtype(HFBackend):
@@ -69,6 +70,15 @@ class TrustsEveryone(HFBackend):
 class ClaimsAnEngine(HFBackend):
     def capabilities(self):
         return replace(super().capabilities(), fast_inference=True)
+
+
+class RefusesAuto(HFBackend):
+    """What users leave at its default."""
+
+    def load_policy(self, settings):
+        if settings.fast_inference == "auto":
+            raise UnsupportedSettingError("fast_inference='auto' cannot be had. Use 'off'.")
+        return super().load_policy(settings)
 
 
 class CheckpointsAlways(HFBackend):
@@ -302,6 +312,7 @@ BACKEND_FAULTS = {
     CutsTheContextInSilence: "setting-max-seq-length",
     TrustsEveryone: "setting-trust-remote-code",
     ClaimsAnEngine: "setting-fast-inference",
+    RefusesAuto: "setting-fast-inference",
     EngineInName: "setting-fast-inference",
     EngineThatNobodyAsks: "setting-fast-inference",
     CheckpointsAlways: "setting-gradient-checkpointing",
@@ -378,6 +389,23 @@ class LeavesAFile(HFBackend):
 return LeavesAFile()
 """
 
+REFUSES_AUTO = """
+from dataclasses import replace
+from rlvr.backends.hf.backend import HFBackend
+from rlvr.errors import UnsupportedSettingError
+
+class RefusesAuto(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), fast_inference=True)
+
+    def load_policy(self, settings):
+        if settings.fast_inference == "auto":
+            raise UnsupportedSettingError("no engine of its own accord")
+        return super().load_policy(settings)
+
+return RefusesAuto()
+"""
+
 FAULTY_PLUGINS = {
     "imports what is heavy": FaultyPlugin("lazy-plugin", ("listing it imports datasets",), top="import datasets"),
     "prints and writes": FaultyPlugin(
@@ -389,6 +417,9 @@ FAULTY_PLUGINS = {
     ),
     "leaves a file in a check": FaultyPlugin(
         "lora-r", ("writes to the working directory: compiled_cache.tmp",), load=LEAVES_A_FILE
+    ),
+    "refuses the default of a setting": FaultyPlugin(
+        "setting-fast-inference", ("no engine of its own accord",), load=REFUSES_AUTO
     ),
     "patches only when first": FaultyPlugin(
         "loads-late",

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rlvr.backends.protocol import LoadedPolicy, LoraSettings
+from rlvr.testing.conformance.checks.plugin import answer_of
 from rlvr.testing.conformance.checks.policy import (
     LOGPROB_TOLERANCE,
     dtypes_to_compare,
@@ -14,7 +15,7 @@ from rlvr.testing.conformance.checks.policy import (
 )
 from rlvr.testing.conformance.checks.sampling import follows
 from rlvr.testing.conformance.checks.settings import claimed
-from rlvr.testing.conformance.context import Context, expect, logits, shake, token_logprobs, tokens
+from rlvr.testing.conformance.context import Context, expect, first_line, logits, shake, token_logprobs, tokens
 from rlvr.testing.conformance.trainer import changed, copied, held
 
 _SHAPE: dict[str, Any] = {
@@ -23,24 +24,68 @@ _SHAPE: dict[str, Any] = {
 """Heads of 64 numbers, for which engines have kernels, and weights that two programs in half precision agree on."""
 
 
+_BY_DEFAULT = """
+import json, os, rlvr
+error = None
+try:
+    rlvr.load_policy({model!r}, backend={name!r}, lora=None, device={device!r}, gpu_memory_utilization={share})
+except Exception as raised:
+    error = f"{{type(raised).__name__}}: {{raised}}"
+print(json.dumps(error), flush=True)
+os._exit(0)  # an engine may print while it ends
+"""
+
+_SHARE = 0.3  # of a GPU's memory, which others may use too
+
+
 def fast_inference(context: Context) -> str:
     """With `gpu_memory_utilization`, which has a meaning only beside an inference engine."""
+    auto = _by_default(context)
     policy = context.policy(fast_inference="off", gpu_memory_utilization=0.5)
     expect(not hasattr(policy.model, "vllm_engine"), "fast_inference='off', and the model came with an engine")
     if not context.capabilities.fast_inference:
         context.expect_refusal("fast_inference='on', which is not claimed,", fast_inference="on")
-        return "refused; without it gpu_memory_utilization has nothing to limit"
-    return f"off and on are honoured; beside the engine {_beside(context)}"
+        return f"refused, {auto}; without it gpu_memory_utilization has nothing to limit"
+    return f"off and on are honoured, {auto}; beside the engine {_beside(context)}"
+
+
+def _by_default(context: Context) -> str:
+    """All settings but the model and the device are left at their defaults, `fast_inference="auto"` among them.
+
+    That may start an engine where one is claimed, with no more memory than here, and a process has one at most: there
+    it is done in another.
+    """
+    from rlvr.backends import load_policy
+
+    model, error = _engine_model(context), None
+    if not context.capabilities.fast_inference:
+        try:
+            load_policy(model, backend=context.backend, lora=None, device=context.device)
+        except Exception as raised:
+            error = f"{type(raised).__name__}: {first_line(raised)}"
+    elif context.name is None:
+        return "'auto' is not loaded, since this process can have one engine"
+    else:
+        program = _BY_DEFAULT.format(model=model, name=context.name, device=context.device, share=_SHARE)
+        error = answer_of(context, program)
+    expect(
+        error is None, f"with all settings left at their defaults, such as fast_inference='auto', it raised {error}"
+    )
+    return "'auto' loads"
+
+
+def _engine_model(context: Context) -> str:
+    from rlvr.testing.tiny import save_tiny
+
+    return str(save_tiny(context.scratch / "for-engine", **_SHAPE))
 
 
 def _beside(context: Context) -> str:
     """All of it with one policy: a second one, with an engine of its own, may not be had in a process."""
-    from rlvr.testing.tiny import save_tiny
-
     given = context.given_model is not None
-    model = context.model_without_dropout if given else str(save_tiny(context.scratch / "for-engine", **_SHAPE))
+    model = context.model_without_dropout if given else _engine_model(context)
     dtype = "bfloat16" if "bfloat16" in context.capabilities.dtypes else dtypes_to_compare(context)[0]
-    policy = claimed(context, model=model, dtype=dtype, fast_inference="on", gpu_memory_utilization=0.3)
+    policy = claimed(context, model=model, dtype=dtype, fast_inference="on", gpu_memory_utilization=_SHARE)
     policy = context.backend.apply_lora(policy, LoraSettings(r=8, alpha=8))
     shake(policy.model)
     expect(
