@@ -16,6 +16,14 @@ class ClaimsDora(HFBackend):
         return replace(super().apply_lora(policy, replace(lora, dora=False)), lora=lora)
 
 
+class DropsDoraWhichItDoesNotClaim(HFBackend):
+    def capabilities(self):
+        return replace(super().capabilities(), dora=False)
+
+    def apply_lora(self, policy, lora):
+        return super().apply_lora(policy, replace(lora, dora=False))
+
+
 class WrapsTwice(HFBackend):
     def apply_lora(self, policy, lora):
         policy = super().apply_lora(policy, lora)
@@ -118,6 +126,7 @@ class StatesRankAndAlphaOnly(HFBackend):
 
 LORA_FAULTS = {
     ClaimsDora: "lora-dora",
+    DropsDoraWhichItDoesNotClaim: "lora-dora",
     WrapsTwice: "adapter-applied-once",
     WrapsAgainWhenAsked: "adapter-applied-once",
     DropsAlpha: "lora-alpha",

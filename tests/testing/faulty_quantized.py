@@ -21,6 +21,20 @@ class Claims4Bit(HFBackend):
         return super().load_policy(replace(settings, quantization="none"))
 
 
+class LoadsWholeWhatItDoesNotClaim(HFBackend):
+    """4 and 8 bits."""
+
+    def load_policy(self, settings):
+        return replace(super().load_policy(replace(settings, quantization="none")), settings=settings)
+
+
+class LoadsAdaptersOnWhatItDoesNotClaim(HFBackend):
+    """On unquantized weights, whatever was asked for."""
+
+    def load_saved(self, folder, settings, *, trainable=False):
+        return super().load_saved(folder, replace(settings, quantization="none"), trainable=trainable)
+
+
 class EightIsFour(Claims4Bit):
     """Claims 4 and 8 bits, and rounds to 4 for both."""
 
@@ -130,6 +144,8 @@ class ExportsTheBaseOf4Bits(RoundsToFewBits):
 
 QUANTIZED_FAULTS = {
     Claims4Bit: "setting-quantization",
+    LoadsWholeWhatItDoesNotClaim: "setting-quantization",
+    LoadsAdaptersOnWhatItDoesNotClaim: "export-adapter",
     EightIsFour: "setting-quantization",
     CountsQuantizedWeightsAsWhole: "memory-in-use",
     NotANumberIn4Bits: "setting-quantization",

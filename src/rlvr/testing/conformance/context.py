@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlvr.backends.protocol import LoraSettings
+from rlvr.backends.protocol import LoraSettings, ModelSettings
 from rlvr.errors import RlvrError
 
 if TYPE_CHECKING:
@@ -105,13 +105,15 @@ class Context:
         settings say otherwise."""
         from rlvr.backends import load_policy
 
+        return load_policy(**self._settings(settings), backend=self.backend, lora=lora)
+
+    def _settings(self, given: Mapping[str, Any]) -> dict[str, Any]:
         defaults: dict[str, Any] = {
             "max_seq_length": 256, "dtype": "float32", "device": self.device, "fast_inference": "off",
         }  # fmt: skip
         if "float32" not in self.capabilities.dtypes:
             defaults["dtype"] = "auto"
-        model = settings.pop("model", self.model)
-        return load_policy(str(model), backend=self.backend, lora=lora, **{**defaults, **settings})
+        return {**defaults, **given, "model": str(given.get("model", self.model))}
 
     def adapted(self, lora: LoraSettings | None = None, **settings: Any) -> LoadedPolicy:
         """A policy whose adapter does something, as after training."""
@@ -124,9 +126,12 @@ class Context:
         return {change.name: change.value for change in self.backend.training_arguments(policy)}
 
     def expect_refusal(self, what: str, lora: LoraSettings | None = None, **settings: Any) -> None:
-        """Loading must raise an error of ours; any other, or none, is a finding."""
+        """The backend itself must raise an error of ours, as not every caller looks at its claims before; any other
+        error, or none, is a finding."""
         with refusal(what):
-            self.policy(lora, **settings)
+            policy = self.backend.load_policy(ModelSettings(**self._settings(settings)))
+            if lora is not None:
+                self.backend.apply_lora(policy, lora)
 
     def folder(self) -> Path:
         """A new, empty folder."""

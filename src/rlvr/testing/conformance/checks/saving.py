@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlvr.backends.checks import lora_settings
-from rlvr.backends.protocol import Capabilities, LoadedPolicy, LoraSettings
+from rlvr.backends.protocol import CHOICES, Capabilities, LoadedPolicy, LoraSettings
 from rlvr.errors import RlvrError
 from rlvr.exporting.contents import wide_matrices
 from rlvr.exporting.parity import Expected, Parity, Tolerance, compare, logprobs, tolerance
@@ -241,7 +241,7 @@ def _expect_tokenizer(exported: Exported, export_format: str) -> None:
 
 
 def _adapter(context: Context, exported: Exported) -> str:
-    """An adapter is loaded for inference, or for training on, and says in its file what it is."""
+    """An adapter is loaded for inference, or for training on, on what is claimed, and says in its file what it is."""
     from peft import PeftConfig
 
     policy, folder = exported.policy, exported.folder
@@ -254,6 +254,10 @@ def _adapter(context: Context, exported: Exported) -> str:
         base == policy.settings.model or not Path(policy.settings.model).is_dir(),
         f"adapter_config.json names the base {base!r}, and the policy's is {policy.settings.model!r}",
     )
+    unclaimed: Any = sorted(set(CHOICES["quantization"]) - context.capabilities.quantizations)
+    for name in unclaimed:
+        with refusal(f"load_saved with quantization={name!r}, which is not claimed,"):
+            context.backend.load_saved(folder, replace(policy.settings, quantization=name))
     frozen = context.backend.load_saved(folder, policy.settings)
     expect(not _trainable(frozen), f"load_saved(trainable=False) left {_trainable(frozen):,} parameters trainable")
     again = context.backend.load_saved(folder, policy.settings, trainable=True)
