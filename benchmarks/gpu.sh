@@ -46,9 +46,9 @@ engine() {
 checks() { # at the same time: nothing of them is timed
   export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=4
   local only=()
-  if has_vllm; then only=(--only plugin,settings,lora,policy,training,saving,alone); fi # the other is in `vllm`
+  if has_vllm; then only=(--only plugin,settings,lora,policy,training,sampling,saving,alone); fi # the other is in `vllm`
   for backend in hf unsloth; do
-    check $backend "${only[@]}" --jobs 7 > "$out/check-$backend.txt" 2>&1 &
+    check $backend "${only[@]}" --jobs 8 > "$out/check-$backend.txt" 2>&1 &
   done
   for tests in core unsloth; do
     make gpu-test-$tests PYTHON=python3 > "$out/gpu-test-$tests.txt" 2>&1 &

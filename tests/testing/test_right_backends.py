@@ -27,9 +27,9 @@ QUANTIZED = (
     "export-merged-4bit",
 )
 RIGHT = {
-    BFloat16Only: ("settings", "lora", "policy", "training", "saving"),
-    PlainSGD: ("training",),
-    PlainSGDInHalf: ("training",),
+    BFloat16Only: ("settings", "lora", "policy", "training", "sampling", "saving"),
+    PlainSGD: ("training", "sampling"),
+    PlainSGDInHalf: ("training", "sampling"),
     RefusesOwnCode: ("settings",),
     RoundsToFewBits: QUANTIZED,
 }
@@ -67,7 +67,7 @@ def test_a_model_without_biases_has_none_to_train(tmp_path):
 
 def test_a_model_with_dropout_of_its_own_is_no_fault(tmp_path):
     model = str(save_tiny(tmp_path / "model", "llama", attention_dropout=0.1, **LIVELY))
-    report = check_backend(HFBackend(), model=model, only=["policy", "training"])
+    report = check_backend(HFBackend(), model=model, only=["policy", "training", "sampling"])
     assert report.ok, str(report)
     messages = {result.name: result.message for result in report.results}
     for name in ("gradients", "reference-is-start"):

@@ -46,7 +46,7 @@ def check(
         str | None, typer.Option("--only", help="names of checks or groups, with commas between; by default all")
     ] = None,
     timeout: Annotated[float, typer.Option("--timeout", help="seconds for the checks that share a process")] = 900,
-    jobs: Annotated[int, typer.Option("--jobs", help="how many processes run checks at a time, up to 7")] = 1,
+    jobs: Annotated[int, typer.Option("--jobs", help="how many processes run checks at a time, up to 8")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="print the results as JSON")] = False,
 ) -> None:
     """Check that a backend trains correctly: loading, LoRA, numbers, training, saving.

@@ -13,12 +13,22 @@ GROUPS = {
     "lora": "every field of LoraSettings is honoured or refused; one adapter, where it was asked for",
     "policy": "token ids, log-probabilities, gradients and memory against a float32 reference",
     "training": "optimizer steps through EnhancedGRPOTrainer",
+    "sampling": "what a training run draws from, and what it is held to",
     "saving": "what is saved loads back as the same policy",
     "engine": "an inference engine beside the model, which takes a GPU's memory for good",
     "alone": "what changes a process for good, or needs its environment set before anything is imported",
 }
 
-PROCESSES = (("plugin",), ("settings", "lora"), ("policy",), ("training",), ("saving",), ("alone",), ("engine",))
+PROCESSES = (
+    ("plugin",),
+    ("settings", "lora"),
+    ("policy",),
+    ("training",),
+    ("sampling",),
+    ("saving",),
+    ("alone",),
+    ("engine",),
+)
 """Groups that share a child process: importing torch, transformers and TRL takes ten times as long as a check. Checks
 share no policy; those that would disturb others are apart, and so are the longest, which can run together."""
 
@@ -73,9 +83,9 @@ CHECKS: tuple[Check, ...] = (
     Check("memory-in-use", "policy", "within 10% of what weights and adapter take", "policy:memory"),
     Check("training-arguments", "training", "changes name real arguments, with reasons", "training:arguments"),
     Check("trains-adapter-only", "training", "two steps change the adapter, nothing else", "training:adapter_only"),
-    Check("sampler-is-policy", "training", "draws from what is trained, before and after a step", "sampling:sampler"),
-    Check("reference-is-start", "training", "with beta > 0 the reference is the model as given", "training:reference"),
     Check("resumes", "training", "a checkpoint is taken up where it was left", "training:resumes"),
+    Check("sampler-is-policy", "sampling", "draws from what is trained, before and after a step", "sampling:sampler"),
+    Check("reference-is-start", "sampling", "with beta > 0 the reference is the model as given", "training:reference"),
     Check("export-adapter", "saving", "loads back as the same policy", "saving:export", "adapter"),
     Check("export-merged-16bit", "saving", "loads back as the same policy", "saving:export", "merged-16bit"),
     Check("export-merged-4bit", "saving", "loads back as the same policy", "saving:export", "merged-4bit"),

@@ -64,7 +64,7 @@ def check_backend(
         device: "cpu", "cuda", "xpu" or "mps", or "cuda:1" and the like; None for what the backend takes by itself.
         only: names of checks or of groups; None for all.
         timeout_s: seconds for the checks that share a process.
-        jobs: how many processes run checks at the same time, seven at most; each has a copy of the tiny model, and of
+        jobs: how many processes run checks at the same time, eight at most; each has a copy of the tiny model, and of
             the libraries in memory. A backend object's checks run one after the other.
         on_result: called with each result as it comes.
 
