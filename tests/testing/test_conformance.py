@@ -14,8 +14,9 @@ import time
 from textwrap import indent
 
 import pytest
-from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST, LoadsAnotherCopy
+from faulty_backends import BACKEND_FAULTS, FAULTS_ALONE, LoadsAnotherCopy
 from faulty_lora import LORA_FAULTS, DropsAlpha
+from faulty_plugins import FAULTY_PLUGINS, PATCHES_ONLY_WHEN_FIRST
 from faulty_quantized import QUANTIZED_FAULTS, EightIsFour
 from faulty_saving import SAVING_FAULTS
 from faulty_training import TRAINING_FAULTS

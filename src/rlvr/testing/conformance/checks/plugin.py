@@ -54,7 +54,7 @@ _LATE = f"import {', '.join(EARLIER)}; trl.GRPOTrainer"
 _POLICY = """
         import tempfile
         from rlvr.testing.tiny import save_tiny
-        model = str(save_tiny(tempfile.mkdtemp()))
+        model = str(save_tiny(os.path.abspath(tempfile.mkdtemp(dir=".."))))
         rlvr.load_policy(model, backend={name!r}, max_seq_length=256, fast_inference="off", device={device!r})
 """
 
