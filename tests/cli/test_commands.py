@@ -186,7 +186,8 @@ def test_a_dry_run_prints_what_a_run_would_use_and_writes_nothing(command, tmp_p
     assert config["seed"] == 6
     assert config["env_options"] == {"levels": "2", "train_size": 50}
     assert config["backend"] == "hf"
-    assert config["gradient_accumulation_steps"] == 4
+    assert config["prompts_per_step"] == 8
+    assert config["batch_size"] is config["gradient_accumulation_steps"] is None  # the model decides
     assert config["learning_rate"] == 1e-5
     assert config["output_dir"].startswith("outputs/arithmetic-m-hf-")
     assert [path.name for path in tmp_path.iterdir()] == ["run.yaml"]

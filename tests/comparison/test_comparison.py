@@ -128,6 +128,8 @@ def test_a_first_step_without_an_update_is_not_called_agreement():
     assert still.update_difference(still) is None
     rows = dict(Comparison(env="e", model="m", as_is=True, runs=(still, still)).rows())
     assert rows["update at step 1 differs by"] == ["no update", "no update"]
+    rows = dict(Comparison(env="e", model="m", as_is=True, runs=(still, FIRST)).rows())
+    assert rows["update at step 1 differs by"] == ["no update", "not comparable"]
 
 
 def test_the_table_says_how_backends_sample_and_checkpoint_where_they_differ():

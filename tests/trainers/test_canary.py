@@ -230,6 +230,15 @@ def test_what_cannot_be_checked_is_said_once(tmp_path, caplog):
     assert caplog.text.count("is not checked: generation_kwargs change what is sampled") == 1
 
 
+@pytest.mark.slow
+def test_continuous_batching_may_drop_the_repetition_penalty(tmp_path, caplog):
+    config = {"use_transformers_continuous_batching": True, "repetition_penalty": 3.0, "temperature": 0.3}
+    trainer = trainer_of(tmp_path, config=config)
+    trainer.train()
+    assert checked_at(trainer) == []
+    assert "is not checked: continuous batching may sample without the repetition_penalty" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("option", "value", "unchecked"),
     [

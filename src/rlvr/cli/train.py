@@ -73,7 +73,7 @@ def _quickstart(flags: dict[str, Any], *, dry_run: bool) -> None:
 
 def _run(settings: TrainSettings, *, dry_run: bool) -> None:
     if dry_run:
-        print_config(settings.planned().as_dict())
+        print_config(settings.as_dict())
         return
     set_up_output()
     print_run(train_with(settings))

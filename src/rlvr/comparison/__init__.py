@@ -320,7 +320,7 @@ def _difference_text(difference: float | None, otherwise: str) -> str:
 def _update_text(run: BackendRun, first: BackendRun) -> str:
     if run.first_completions != first.first_completions:
         return "other completions"
-    moved = any(map(any, first.first_update.values()))
+    moved = any(map(any, (*first.first_update.values(), *run.first_update.values())))
     return _difference_text(run.update_difference(first), "not comparable" if moved else "no update")
 
 

@@ -196,13 +196,15 @@ def check_samples(
     below, above = chance(torch.cat([row.cumulants for row in written]))
     bound = bound_of(trainer)
     lowest, highest = expected - below - bound, 0.0 if truncated else min(0.0, expected + above + bound)
+    penalty = trainer.repetition_penalty
+    penalized = "" if penalty == 1 else f" with its repetition penalty of {penalty:g}"
     if not lowest <= mean <= highest:
         raise SamplerDriftError(
             f"{sampler or _engine_of(trainer)} does not sample from the policy that is trained: the "
-            f"{sum(map(len, tokens))} tokens looked at have a mean log-probability of {mean:.4f} by the policy, and "
-            f"its own samples would have {expected:.4f}; allowed, by chance and for {bound:g} of rounding in "
-            f"{computed_in(trainer)}: {lowest:.4f} to {highest:.4f}. Let it sample with the weights of the step, at "
-            f"temperature {trainer.temperature:g}."
+            f"{sum(map(len, tokens))} tokens looked at have a mean log-probability of {mean:.4f} by the policy"
+            f"{penalized}, and its own samples would have {expected:.4f}; allowed, by chance and for {bound:g} of "
+            f"rounding in {computed_in(trainer)}: {lowest:.4f} to {highest:.4f}. Let it sample with the weights of "
+            f"the step, at temperature {trainer.temperature:g}."
         )
     return drift
 
@@ -249,12 +251,12 @@ def _write_again(trainer: RolloutMixin, prompt_ids: list[list[int]], token_ids: 
             prefix_allowed_tokens_fn=lambda row, so_far: [forced[row][len(so_far) - before]],
         )  # fmt: skip
     penalize = RepetitionPenaltyLogitsProcessor(trainer.repetition_penalty)
-    steps = []
+    seen = torch.where(mask.bool(), ids, ids[:, -1:])  # a row's own tokens, not its padding
+    chosen, steps = torch.tensor(forced, device=device), []
     for step, logits in enumerate(output.logits):  # one at a time, of (B, vocabulary)
-        so_far, chosen = output.sequences[:, : before + step], torch.tensor(forced, device=device)[:, step, None]
-        penalized = penalize(so_far, logits.float())
+        penalized = penalize(torch.cat([seen, chosen[:, :step]], dim=1), logits.float())
         by_policy, drawn = ((scores / trainer.temperature).log_softmax(-1) for scores in (logits.float(), penalized))
-        of_chosen = (values.gather(-1, chosen).squeeze(-1) for values in (by_policy, drawn))
+        of_chosen = (values.gather(-1, chosen[:, step, None]).squeeze(-1) for values in (by_policy, drawn))
         steps.append((*of_chosen, entropy(drawn), cumulants(drawn)))
     columns = [torch.stack(column, dim=1) for column in zip(*steps, strict=True)]
     return [Written(*(column[row, : len(turn)] for column in columns)) for row, turn in enumerate(token_ids)]

@@ -61,6 +61,7 @@ def refuse_what_unsloth_ignores(args: Any, peft_config: Any, *, model: Any) -> N
 
     Args:
         peft_config: what TRL's trainer is to put on the model; None if nothing.
+        model: with `vllm_engine` where it was loaded beside vLLM.
 
     Raises:
         UnsupportedSettingError: there is something of it.

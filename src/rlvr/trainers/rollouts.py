@@ -151,8 +151,9 @@ class RolloutMixin(_Base):
         if not recorded and self.args.generation_kwargs:
             self._leave_unchecked("generation_kwargs change what is sampled")
             return
-        if sampler is not None and self.repetition_penalty != 1:
-            self._leave_unchecked(f"whether {sampler} has the repetition_penalty is not known")
+        continuous = getattr(self.args, "use_transformers_continuous_batching", False)
+        if self.repetition_penalty != 1 and (sampler or continuous):
+            self._leave_unchecked(f"{sampler or 'continuous batching'} may sample without the repetition_penalty")
             return
         if not recorded and not {*own} <= {"top_k", "min_p"}:
             self._leave_unchecked(f"the model's generation config changes what is sampled ({', '.join(own)})")

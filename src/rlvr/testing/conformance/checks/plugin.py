@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+from rlvr.child_process import environment
 from rlvr.testing.conformance.context import Context, expect
 
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "vllm", "unsloth", "wandb")
@@ -120,7 +120,6 @@ def answer_of(context: Context, program: str) -> Any:
 @functools.cache
 def _answer(scratch: Path, program: str) -> Any:
     """Cached, because two checks ask what a backend is that is loaded first; `scratch` is one run's own."""
-    path = os.pathsep.join(filter(None, sys.path))
     outcome = subprocess.run(
         [sys.executable, "-c", program],
         capture_output=True,
@@ -128,7 +127,7 @@ def _answer(scratch: Path, program: str) -> Any:
         timeout=300,
         check=False,
         cwd=tempfile.mkdtemp(dir=scratch),
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
     )
     last = "\n".join(outcome.stderr.strip().splitlines()[-4:])
     expect(outcome.returncode == 0, f"the process ended with {outcome.returncode}:\n{last}")

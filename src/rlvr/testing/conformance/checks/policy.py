@@ -111,7 +111,9 @@ def gradients(context: Context) -> str:
         measured.append(f"{dtype} {error:.1g}")
     said = f"relative difference: {', '.join(measured)}{context.note_on(model)}"
     slopes = [f"{name} {_expect_slope(context, name):.0%}" for name in quantized(context.capabilities)]
-    return said + (f"; of the change of the loss that they say: {', '.join(slopes)}" if slopes else "")
+    return said + (
+        f"; of the change of the loss that they say, of a tiny model: {', '.join(slopes)}" if slopes else ""
+    )
 
 
 def expect_gradients(context: Context, policy: LoadedPolicy, model: str, dtype: str) -> float:

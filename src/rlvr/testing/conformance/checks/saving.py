@@ -108,6 +108,7 @@ def _plain(context: Context, export_format: Any) -> str:
     parity = exported.parity
     _expect_tokenizer(exported, export_format)
     said = f"mean difference {parity.error:.1g} nats (the base model: {parity.from_base:.1g}), same greedy tokens"
+    said += ", of a tiny model" if model and context.given_model is not None else ""
     return said + (_adapter(context, exported) if export_format == "adapter" else "")
 
 
