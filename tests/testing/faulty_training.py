@@ -43,24 +43,24 @@ class TrainsNothingOfA(HFBackend):
                 parameter.grad = None
 
 
-class FreezesMagnitudes(HFBackend):
-    """Of DoRA, once training begins."""
+class FreezesAPart(HFBackend):
+    """Of the adapter, once training begins."""
+
+    part: ClassVar[str]
 
     def for_training(self, policy):
         super().for_training(policy)
         for name, parameter in policy.model.named_parameters():
-            if "magnitude" in name:
+            if self.part in name:
                 parameter.requires_grad_(False)
 
 
-class FreezesBiases(HFBackend):
-    """Once training begins."""
+class FreezesMagnitudes(FreezesAPart):
+    part = "magnitude"
 
-    def for_training(self, policy):
-        super().for_training(policy)
-        for name, parameter in policy.model.named_parameters():
-            if name.endswith(".bias"):
-                parameter.requires_grad_(False)
+
+class FreezesBiases(FreezesAPart):
+    part = ".bias"
 
 
 class KeepsTheBaseInBuffers(HFBackend):
